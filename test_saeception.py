@@ -1,0 +1,748 @@
+"""Behaviour that users of saeception.py rely on. Makes its own data; needs no network, no GPU."""
+
+import json
+import math
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+import saeception as S
+
+HERE = Path(__file__).parent
+SMALL = ["--limit", "400", "--epochs", "2", "--sae-epochs", "3"]
+
+
+def blobs(n=400, d=6, classes=4, seed=0):
+    """Points around one centre per class, all positive, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    centres = 3 * torch.rand(classes, d, generator=generator)
+    return (centres[y] + 0.3 * torch.randn(n, d, generator=generator)).relu(), y
+
+
+def small_net(d=6, classes=4, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(d, 8), nn.ReLU(), nn.Linear(8, classes))
+
+
+def write_mnist(root, n_train=600, n_test=200):
+    """Rendered digits as the four IDX files of MNIST."""
+    raw = Path(root) / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images, y = S.render_digits(n_train + n_test)
+    for name, part in (("train", slice(n_train)), ("t10k", slice(n_train, None))):
+        pixels, labels = images[part].numpy(), y[part].numpy().astype(np.uint8)
+        head = struct.pack(">4i", 0x803, len(pixels), 28, 28)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        head = struct.pack(">2i", 0x801, len(labels))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+    return raw
+
+
+def rows_of(folder, without=("seconds",)):
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+
+
+def run(capsys, out, *arguments):
+    """main() in this process: exit status, stdout, stderr and the new run folder, if any."""
+    before = set(out.glob("*"))
+    try:
+        status = S.main([*map(str, arguments), "--out-dir", str(out)])
+    except SystemExit as stop:
+        status = stop.code
+    text = capsys.readouterr()
+    return status, text.out, text.err, next(iter(set(out.glob("*")) - before), None)
+
+
+# === 1. Sparse autoencoder ===
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_sae_is_its_formula(k):
+    sae = S.SparseAutoencoder(6, 20, k)
+    with torch.no_grad():
+        sae.b_dec += 0.3
+        sae.b_enc -= 0.1
+    h = blobs()[0]
+    h_hat, z = sae(h)
+    weights = {name: p.detach().double().numpy() for name, p in sae.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+    assert shapes == {"W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,)}
+    expected = (h.numpy() - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    expected = np.maximum(expected, 0)
+    if k:
+        expected[expected < np.sort(expected, axis=1)[:, -k][:, None]] = 0
+    np.testing.assert_allclose(z.detach().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        h_hat.detach().numpy(), expected @ weights["W_dec"] + weights["b_dec"], atol=1e-5
+    )
+
+
+def test_train_sae_reconstructs_with_unit_rows_and_is_repeatable():
+    h, _ = blobs(2000)
+    before = torch.get_rng_state()
+    a, b = (S.train_sae(h, 32, l1=0.02, epochs=20, batch_size=64, seed=3) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())  # the caller's random numbers are left alone
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    torch.testing.assert_close(a.W_dec.norm(dim=1), torch.ones(32))
+    h_hat, z = a(h)
+    assert (h - h_hat).square().sum() < 0.05 * (h - h.mean(0)).square().sum()
+    assert (z > 0).float().mean() < 0.8
+
+
+def test_train_sae_folds_its_scale_back():
+    h, _ = blobs(1000)
+    small = S.train_sae(h, 16, epochs=5, batch_size=100)
+    large = S.train_sae(1000 * h, 16, epochs=5, batch_size=100)
+    torch.testing.assert_close(large.encode(1000 * h), 1000 * small.encode(h), rtol=1e-2, atol=2)
+
+
+def test_topk_sae_has_k_active_features():
+    h, _ = blobs(1000)
+    z = S.train_sae(h, 32, k=3, epochs=10, batch_size=100).encode(h)
+    assert (z > 0).sum(1).max() == 3
+    with pytest.raises(ValueError, match="k = 33"):
+        S.SparseAutoencoder(6, 32, k=33)
+
+
+def test_dead_features_are_resampled():
+    h, _ = blobs(1000)
+    sae = S.SparseAutoencoder(6, 16)
+    optimizer = torch.optim.Adam(sae.parameters())
+    h_hat, _ = sae(h)
+    (h_hat - h).square().mean().backward()
+    optimizer.step()
+    dead = torch.arange(16) < 4
+    error = torch.zeros(1000)
+    error[7] = 1.0  # the one badly reconstructed example
+    with torch.no_grad():
+        sae.b_enc[dead] = -100
+        kept = sae.W_dec[~dead].clone()
+        S.resample(sae, optimizer, dead, h, error, torch.Generator())
+        direction = nn.functional.normalize(h[7] - sae.b_dec, dim=0)
+        torch.testing.assert_close(sae.W_dec[dead], direction.expand(4, 6))
+        assert torch.equal(sae.W_dec[~dead], kept)
+        assert (sae.encode(h[7:8])[:, dead] > 0).all()
+    assert (optimizer.state[sae.W_enc]["exp_avg"][:, dead] == 0).all()
+    assert (optimizer.state[sae.W_enc]["exp_avg"][:, ~dead] != 0).any()
+
+
+def test_train_sae_refuses_a_dead_layer():
+    for h, reason in ((torch.zeros(99, 4), "dead"), (torch.ones(99, 4), "dead"),
+                      (torch.full((99, 4), math.nan), "not finite")):  # fmt: skip
+        with pytest.raises(FloatingPointError, match=reason):
+            S.train_sae(h, 8)
+
+
+# === 2. Hook capture ===
+
+
+def test_capture_vectors_tokens_maps():
+    identity = nn.Identity()
+    for shape, expected in (
+        ((5, 3), lambda t: t),
+        ((5, 7, 3), lambda t: t[:, 0]),
+        ((5, 3, 4, 4), lambda t: t.mean((2, 3))),
+    ):
+        t = torch.randn(shape, requires_grad=True)
+        with S.capture(identity) as seen:
+            identity(t)
+        torch.testing.assert_close(seen.h, expected(t))
+        assert seen.h.requires_grad
+
+
+def test_capture_leaves_no_hook_behind():
+    layer = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError), S.capture(layer):
+        layer(torch.randn(2, 4))
+    lstm = nn.LSTM(3, 3)
+    with pytest.raises(ValueError, match="none of"), S.capture(lstm) as seen:
+        lstm(torch.randn(2, 5, 3))
+    assert not layer._forward_hooks and not lstm._forward_hooks and seen.h is None
+
+
+def test_capture_is_safe_from_work_in_place():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
+    with S.capture(model[0]) as seen:
+        x = torch.randn(50, 3)
+        model(x)
+    torch.testing.assert_close(seen.h, model[0](x))
+    assert (seen.h < 0).any()
+
+
+def test_activations_in_chunks_and_unknown_layer():
+    x, _ = blobs(101)
+    model = small_net()
+    h, logits = S.activations(model, "1", x, chunk=10)
+    torch.testing.assert_close(h, model[:2](x))
+    torch.testing.assert_close(logits, model(x))
+    with pytest.raises(ValueError, match="no layer 'nosuch'; the layers are 0, 1, 2"):
+        S.activations(model, "nosuch", x)
+
+
+# === 3. Feature sharpening ===
+
+
+def test_class_top_k_and_sharpen_by_hand():
+    z = torch.tensor([[5.0, 0, 1, 0], [1, 0, 3, 0], [0, 2, 0, 0], [0, 4, 1, 1]])
+    y = torch.tensor([0, 0, 2, 2])  # class 1 has no examples
+    mask = S.class_top_k(z, y, 3, 1)
+    assert mask.tolist() == [[True, False, False, False], [False] * 4, [False, True, False, False]]
+    assert S.sharpen(z, y, mask).tolist() == [
+        [5, 0, 0, 0],
+        [1, 0, 0, 0],
+        [0, 2, 0, 0],
+        [0, 4, 0, 0],
+    ]
+    # A class never keeps what it never uses, even where k leaves room.
+    assert S.class_top_k(z, y, 3, 4).tolist()[0] == [True, False, True, False]
+    for k in (0, 5):
+        with pytest.raises(ValueError, match="top-k"):
+            S.class_top_k(z, y, 3, k)
+
+
+def test_targets_stream_and_belong_to_their_images():
+    h, y = blobs(9000)  # more than one chunk
+    sae = S.train_sae(h, 24, epochs=1)
+    targets = S.sharpened_targets(sae, h, y, 4, 5)
+    z = sae.encode(h)
+    mask = torch.zeros(4, 24, dtype=torch.bool)
+    for c in range(4):
+        mask[c, z[y == c].mean(0).argsort(descending=True)[:5]] = True
+    torch.testing.assert_close(targets, sae.decode(torch.where(mask[y], z, 0)))
+    order = torch.randperm(len(h), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(S.sharpened_targets(sae, h[order], y[order], 4, 5), targets[order])
+
+
+def test_keeping_every_feature_is_plain_reconstruction():
+    h, y = blobs()
+    sae = S.train_sae(h, 24, epochs=2)
+    torch.testing.assert_close(S.sharpened_targets(sae, h, y, 5, 24), sae(h)[0])
+
+
+# === 4. Metrics, against slow and plain definitions in float64 ===
+
+
+def naive_silhouette(x, labels):
+    distance = np.sqrt(((x[:, None] - x[None]) ** 2).sum(2))
+    scores = []
+    for i, own in enumerate(labels):
+        if (labels == own).sum() == 1:
+            scores.append(0.0)
+            continue
+        a = distance[i][labels == own].sum() / ((labels == own).sum() - 1)
+        b = min(distance[i][labels == other].mean() for other in set(labels) - {own})
+        scores.append((b - a) / max(a, b) if max(a, b) > 0 else 0.0)
+    return np.mean(scores)
+
+
+def naive_davies_bouldin(x, labels):
+    names = sorted(set(labels))
+    centres = [x[labels == c].mean(0) for c in names]
+    spread = [
+        np.linalg.norm(x[labels == c] - m, axis=1).mean()
+        for c, m in zip(names, centres, strict=True)
+    ]
+    n = range(len(names))
+    return np.mean(
+        [
+            max(
+                (spread[i] + spread[j]) / np.linalg.norm(centres[i] - centres[j])
+                for j in n
+                if j != i
+            )
+            for i in n
+        ]
+    )
+
+
+def naive_calinski_harabasz(x, labels):
+    within = between = 0.0
+    for c in set(labels):
+        part = x[labels == c]
+        within += ((part - part.mean(0)) ** 2).sum()
+        between += len(part) * ((part.mean(0) - x.mean(0)) ** 2).sum()
+    c = len(set(labels))
+    return between / within * (len(x) - c) / (c - 1)
+
+
+def metric_cases():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 8, generator=generator)
+    y = torch.randint(0, 5, (150,), generator=generator)
+    single, twice, far_point = y.clone(), x.clone(), x.clone()
+    single[0], single[1] = 77, -3
+    twice[50:100] = twice[:50]
+    far_point[0] = 1e6
+    separate = x / 100 + torch.randn(5, 8, generator=generator)[y]
+    return {
+        "random": (x, y), "singletons": (x, single), "duplicates": (twice, y),
+        "far": (x + 1000, y), "one far point": (far_point, y), "separate": (separate, y),
+        "sparse": ((x - 1.5).relu(), y), "pairs": (x, torch.arange(150) // 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", metric_cases())
+def test_cluster_metrics(case):
+    x, y = metric_cases()[case]
+    plain = x.double().numpy(), y.numpy()
+    assert S.silhouette_score(x, y, chunk=37) == pytest.approx(naive_silhouette(*plain), rel=1e-5)
+    assert S.davies_bouldin_score(x, y) == pytest.approx(naive_davies_bouldin(*plain), rel=1e-5)
+    expected = naive_calinski_harabasz(*plain)
+    assert S.calinski_harabasz_score(x, y) == pytest.approx(expected, rel=1e-5)
+
+
+def test_cluster_metrics_of_degenerate_points():
+    y = torch.arange(10) // 5
+    one_place, two_places = torch.full((10, 2), 0.1), torch.randn(2, 3)[y]
+    assert S.silhouette_score(one_place, y) == S.davies_bouldin_score(one_place, y) == 0
+    assert S.silhouette_score(two_places, y) == pytest.approx(1)
+    assert S.davies_bouldin_score(two_places, y) == 0
+    assert S.calinski_harabasz_score(two_places, y) == S.calinski_harabasz_score(one_place, y) == 1
+
+
+@pytest.mark.parametrize("score", ["silhouette", "davies_bouldin", "calinski_harabasz"])
+def test_cluster_metrics_refuse(score):
+    score = getattr(S, f"{score}_score")
+    x = torch.randn(10, 3)
+    for labels in (torch.zeros(10), torch.arange(10), torch.arange(9) % 2):
+        with pytest.raises(ValueError, match="points need as many labels"):
+            score(x, labels)
+    with pytest.raises(ValueError, match="not finite"):
+        score(x / 0, torch.arange(10) % 2)
+
+
+def test_metrics_leave_their_input_alone():
+    x, y = torch.randn(20, 3, dtype=torch.float64), torch.arange(20) % 3 + 5
+    before = x.clone()
+    S.silhouette_score(x, y), S.davies_bouldin_score(x, y), S.calinski_harabasz_score(x, y)
+    assert torch.equal(x, before)
+
+
+def test_adjusted_rand():
+    a = torch.tensor([0, 0, 1, 1, 2, 2, 2, 9])
+    b = torch.tensor([5, 5, 5, 1, 1, 1, 3, 3])
+    n = len(a)
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    in_a, in_b = (np.array([v[i] == v[j] for i, j in pairs]) for v in (a.tolist(), b.tolist()))
+    chance = in_a.sum() * in_b.sum() / len(pairs)
+    expected = ((in_a & in_b).sum() - chance) / ((in_a.sum() + in_b.sum()) / 2 - chance)
+    assert S.adjusted_rand_score(a, b) == pytest.approx(expected)
+    assert S.adjusted_rand_score(a, 7 - a) == 1
+    assert S.adjusted_rand_score(torch.zeros(6), torch.arange(6)) == 0
+
+
+def test_uncertainty_coefficient():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (300,), generator=generator) * 4
+    z = (torch.randn(300, 6, generator=generator) - 0.5).relu()
+    z[:, 0], z[:, 1], z[:, 2] = 0, 1, (y == 4).float()  # never, always, exactly one class
+
+    def entropy_bits(labels):
+        p = np.unique(labels, return_counts=True)[1] / len(labels)
+        return -(p * np.log2(p)).sum()
+
+    values = []
+    for feature in range(2, 6):
+        fires = (z[:, feature] > 0).numpy()
+        joint = entropy_bits(fires.astype(int) * 100 + y.numpy())
+        information = entropy_bits(fires) + entropy_bits(y.numpy()) - joint
+        values.append(information / entropy_bits(fires))
+    assert values[0] == pytest.approx(1)
+    assert S.uncertainty_coefficient(z, y) == pytest.approx(np.mean(values), rel=1e-5)
+    assert S.uncertainty_coefficient(z[:, :2], y) == 0
+
+
+# === 5, 6. Models and data ===
+
+
+def test_rendered_digits():
+    images, y = S.render_digits(500, seed=1)
+    again, y_again = S.render_digits(500, seed=1)
+    assert images.shape == (500, 1, 28, 28) and images.dtype == torch.uint8
+    assert set(y.tolist()) == set(range(10))
+    assert torch.equal(images, again) and torch.equal(y, y_again)
+    assert not torch.equal(images, S.render_digits(500, seed=2)[0])
+
+
+def test_mnist_files_are_read_and_split(tmp_path):
+    write_mnist(tmp_path)
+    data = S.load_data("mnist", tmp_path)
+    assert [len(y) for _, y in (data.train, data.val, data.test)] == [500, 100, 200]
+    images, y = S.render_digits(800)
+    assert torch.equal(data.test[0], images[600:]) and torch.equal(data.test[1], y[600:])
+    known = {image.numpy().tobytes(): int(label) for image, label in zip(images, y, strict=True)}
+    for split in (data.train, data.val):  # an image keeps its label
+        for image, label in zip(*split, strict=True):
+            assert known[image.numpy().tobytes()] == label
+    parts = [{image.numpy().tobytes() for image in split[0]} for split in (data.train, data.val)]
+    assert not parts[0] & parts[1]
+    trunk, model, layer = S.mnist_mlp()
+    h, logits = S.activations(model, layer, trunk(data.test[0]))
+    assert h.shape == (200, 16) and (h >= 0).all() and logits.shape == (200, 10)
+
+
+def test_limit_is_balanced():
+    y = torch.tensor([0] * 50 + [1] * 3 + [2] * 20)
+    counts = y[S.balanced(y, 30)].bincount().tolist()
+    assert sum(counts) == 30 and counts[1] == 3 and abs(counts[0] - counts[2]) <= 1
+
+
+def test_damaged_and_missing_mnist(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(OSError, match="train-images-idx3-ubyte.*--dataset digits"):
+        S.load_mnist(tmp_path / "none", train=True)
+    raw = write_mnist(tmp_path)
+    labels = raw / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(struct.pack(">2i", 0x801, 3) + bytes(3))
+    with pytest.raises(OSError, match="200 images but 3 labels"):
+        S.load_mnist(tmp_path, train=False)
+    for size in (0, 5, 20, 500):
+        images = raw / "train-images-idx3-ubyte"
+        images.write_bytes(images.read_bytes()[:size])
+        with pytest.raises(OSError, match="put whole train-images"):
+            S.load_mnist(tmp_path, train=True)
+
+
+# === 7. Training ===
+
+
+@pytest.mark.parametrize("aux_loss", ["mse", "cosine"])
+def test_auxiliary_loss_reaches_what_is_below_the_layer_and_nothing_above(aux_loss):
+    x, y = blobs(64)
+    targets = torch.rand(64, 8)
+    grads = []
+    for weight in (0.0, 1.0):
+        model = small_net()
+        S.fit(model, "1", x, y, targets, weight, aux_loss, batch_size=64, lr=1e-3)  # one step
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name in ("0.weight", "0.bias"):
+        assert not torch.allclose(grads[0][name], grads[1][name])
+    for name in ("2.weight", "2.bias"):
+        torch.testing.assert_close(grads[0][name], grads[1][name])
+
+
+def test_auxiliary_gradient_is_that_of_mse_over_variance():
+    x, y = blobs(64)
+    targets = torch.rand(64, 8)
+    model, plain = small_net(), small_net()
+    S.fit(model, "1", x, y, targets, 0.7, batch_size=64)
+    h = plain[:2](x)
+    variance = h.detach().var(0).mean()
+    loss = nn.functional.cross_entropy(plain(x), y) + 0.7 * ((h - targets) ** 2).mean() / variance
+    loss.backward()
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_fit_pulls_each_example_to_its_own_target():
+    x, y = blobs(256)
+    model = small_net()
+    targets = model[:2](x).detach().roll(1, 0) * 0.5 + 0.2
+    away = [(model[:2](x) - targets).square().mean().item()]
+    S.fit(model, "1", x, y, targets, weight=100.0, epochs=40, lr=3e-3)
+    away.append((model[:2](x) - targets).square().mean().item())
+    assert away[1] < 0.7 * away[0]
+
+
+def test_fit_learns_and_names_the_epoch_of_a_divergence():
+    x, y = blobs()
+    model = small_net()
+    S.fit(model, "1", x, y, epochs=20, lr=1e-2)
+    assert (model(x).argmax(1) == y).float().mean() > 0.9
+    with pytest.raises(FloatingPointError, match="epoch 1.*finite"):
+        S.fit(small_net(), "1", x * torch.nan, y, epochs=2)
+
+
+# === 8. Cycles ===
+
+
+def final(*arguments, **options):
+    *_, state = S.saeception(*arguments, **options)
+    return state
+
+
+def options(**more):
+    return (
+        dict(d_sae=16, top_k=4, cycles=2, sae_options={"epochs": 3}, fit_options={"epochs": 2})
+        | more
+    )
+
+
+def test_saeception_keeps_arms_apart_and_the_model_as_it_was():
+    data, model = blobs(), small_net()
+    S.fit(model, "1", *data, epochs=5)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    both = final(model, "1", data, data, **options(val=data))
+    alone = final(model, "1", data, data, **options(arms={"control": None}, val=data))
+    assert [(r["cycle"], r["arm"]) for r in both["rows"]] == [
+        (0, "baseline"), (1, "sae-ception"), (1, "control"), (2, "sae-ception"), (2, "control"),
+    ]  # fmt: skip
+    for row in both["rows"]:
+        row.pop("seconds")
+        assert all(row[f"val_{k}"] == row[k] for k in ("accuracy", "silhouette", "davies_bouldin"))
+    for row in alone["rows"]:
+        row.pop("seconds")
+        assert row in both["rows"]  # the control does not feel the other arm
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    net, sae = S.restore(model, both, "sae-ception")
+    h, logits = S.activations(net, "1", data[0])
+    last = both["rows"][-2]
+    assert last["accuracy"] == pytest.approx((logits.argmax(1) == data[1]).double().mean().item())
+    assert last["silhouette"] == pytest.approx(S.silhouette_score(sae.encode(h), data[1]))
+
+
+def test_a_rule_of_ones_own_and_the_weight_of_its_targets():
+    data, model, calls = blobs(), small_net(), []
+    S.fit(model, "1", *data, epochs=5)
+
+    def rule(sae, h, y):
+        calls.append((h, y))
+        return torch.zeros_like(h)
+
+    arms = {"to zero": rule, "control": None}
+    state = final(
+        model,
+        "1",
+        data,
+        data,
+        **options(arms=arms, weight=5.0, cycles=1, fit_options={"epochs": 20}),
+    )
+    torch.testing.assert_close(calls[0][0], S.activations(model, "1", data[0])[0])
+    assert torch.equal(calls[0][1], data[1]) and len(calls) == 1
+    sizes = [S.activations(S.restore(model, state, arm)[0], "1", data[0])[0].norm() for arm in arms]
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_class_mean_targets():
+    h, y = blobs()
+    targets = S.arm_rules(4, 5)["class-mean"](None, h, y)
+    for c in range(4):
+        torch.testing.assert_close(targets[y == c], h[y == c].mean(0).expand(100, 6))
+
+
+def test_class_missing_from_the_training_set():
+    x, y = blobs()
+    some = y != 2
+    state = final(small_net(), "1", (x[some], y[some]), (x, y), **options(pretrained=False))
+    assert all(math.isfinite(value) for row in state["rows"] for value in list(row.values())[3:])
+
+
+def test_state_is_plain_data_to_go_on_from(tmp_path):
+    data, model = blobs(), small_net()
+    whole = [dict(row, seconds=0) for row in final(model, "1", data, data, **options())["rows"]]
+    torch.save(next(S.saeception(model, "1", data, data, **options())), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["cycle"] == 0
+    rows = final(small_net(seed=0), "1", data, data, **options(state=state))["rows"]
+    assert [dict(row, seconds=0) for row in rows] == whole
+
+
+# === 9, 10. Results and command line ===
+
+
+def test_run_end_to_end_and_twice(tmp_path, capsys):
+    write_mnist(tmp_path / "data")
+    arguments = ["--dataset", "mnist", "--data-dir", tmp_path / "data", "--cycles", 2, *SMALL]
+    status, out, err, folder = run(capsys, tmp_path / "runs", *arguments)
+    assert status == 0 and folder.name.startswith("mnist-")
+    assert len(out.splitlines()) == 1 + 5 + 1 + 1 + 2  # heading, rows, blank, heading, differences
+    assert "sae-ception - control" in out and "seed 0 cycle 2 control: SAE" in err
+    assert {p.name for p in folder.iterdir()} == {
+        "results.json", "checkpoint.pt", "clusters.png", "features.png",
+    }  # fmt: skip
+    results = json.loads((folder / "results.json").read_text())
+    assert results["config"]["top_k"] == 25 and results["environment"]["torch"] == torch.__version__
+    needed = """seed cycle arm accuracy silhouette davies_bouldin calinski_harabasz adjusted_rand
+        uncertainty l0 dead fvu h_silhouette h_davies_bouldin val_accuracy val_silhouette
+        val_davies_bouldin seconds""".split()
+    assert all(list(row) and set(needed) <= set(row) for row in results["rows"])
+    assert all(0 <= row["accuracy"] <= 1 and 0 <= row["dead"] <= 1 for row in results["rows"])
+    for name in ("clusters.png", "features.png"):
+        with Image.open(folder / name) as image:
+            assert image.width > 900 and len(image.convert("RGB").getcolors(10**7)) > 10
+    status, out_again, _, again = run(capsys, tmp_path / "runs", *arguments)
+    assert status == 0 and again != folder and rows_of(again) == rows_of(folder)
+    # A finished run can be resumed: the same table, nothing trained anew.
+    status, out_resumed, err, _ = run(capsys, tmp_path / "runs", "--resume", folder)
+    assert status == 0 and out_resumed == out and "SAE" not in err
+
+
+def test_settings_reach_what_they_set(tmp_path, capsys, monkeypatch):
+    calls = {}
+    for name in ("fit", "train_sae"):
+        true = getattr(S, name)
+
+        def spy(*args, _true=true, _name=name, **kwargs):
+            calls.setdefault(_name, []).append((args, kwargs))
+            return _true(*args, **kwargs)
+
+        monkeypatch.setattr(S, name, spy)
+    flags = """--limit 200 --cycles 1 --layer relu2 --top-k 7 --aux-weight 0.25 --aux-loss cosine
+        --sae topk --d-sae 40 --sae-k 5 --epochs 2 --sae-epochs 4 --batch-size 50 --lr 0.01
+        --arms class-mean"""
+    status, out, _, folder = run(capsys, tmp_path, *flags.split())
+    assert status == 0 and [row["arm"] for row in rows_of(folder)] == ["baseline", "class-mean"]
+    args, kwargs = calls["fit"][1]
+    assert args[1] == "relu2" and args[4].shape == (200, 16) and args[5] == 0.25
+    shown = {key: kwargs[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
+    assert shown == {"aux_loss": "cosine", "epochs": 2, "batch_size": 50, "lr": 0.01}
+    args, kwargs = calls["train_sae"][1]
+    assert args[1:3] == (40, 5) and kwargs["epochs"] == 4
+    assert all(row["l0"] <= 5 for row in rows_of(folder))
+
+
+def test_several_seeds_and_their_summary(tmp_path, capsys):
+    status, out, _, folder = run(capsys, tmp_path, "--seeds", 3, 4, 3, "--cycles", 1, *SMALL)
+    assert status == 0
+    rows = rows_of(folder)
+    assert [row["seed"] for row in rows] == [3, 3, 3, 4, 4, 4]
+    value = {(row["seed"], row["arm"]): row["accuracy"] for row in rows}
+    control = np.array([value[seed, "control"] for seed in (3, 4)])
+    difference = np.array([value[seed, "sae-ception"] for seed in (3, 4)]) - control
+    for name, numbers in (("control", control), ("sae-ception - control", difference)):
+        cell = f"{numbers.mean():.4f} ± {numbers.std(ddof=1):.4f}"
+        assert re.search(rf"^ +1  {name} +{re.escape(cell)}", out, re.M), (name, cell, out)
+    # One seed of several is what the same seed gives alone.
+    alone = run(capsys, tmp_path, "--seeds", 4, "--cycles", 1, *SMALL)[3]
+    assert rows_of(alone) == rows[3:]
+
+
+def start(tmp_path, *arguments):
+    command = [sys.executable, HERE / "saeception.py", "--out-dir", tmp_path / "runs", *arguments]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+
+
+def wait_for_cycle(tmp_path, process, cycle):
+    """The run folder, as soon as that cycle is in results.json."""
+    for _ in range(6000):
+        for file in (tmp_path / "runs").glob("*/results.json"):
+            if any(row["cycle"] == cycle for row in json.loads(file.read_text())["rows"]):
+                return file.parent
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError("the run does not get there")
+
+
+def test_killed_and_resumed(tmp_path, capsys):
+    flags = ["--limit", 1500, "--epochs", 20, "--sae-epochs", 10, "--cycles", 3, "--seeds", 1, 0]
+    whole = run(capsys, tmp_path / "whole", *flags)
+    process = start(tmp_path, *flags)
+    folder = wait_for_cycle(tmp_path, process, 1)
+    time.sleep(0.3)  # into cycle 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {(row["seed"], row["cycle"]) for row in rows_of(folder)}
+    assert (1, 1) in done and (0, 3) not in done
+    status, out, _, _ = run(capsys, tmp_path / "runs", "--resume", folder)
+    assert status == 0 and rows_of(folder) == rows_of(whole[3])
+    assert re.sub(r"\d+\.\d\n", "\n", out) == re.sub(r"\d+\.\d\n", "\n", whole[1])
+    for name in ("clusters.png", "features.png"):
+        with Image.open(folder / name) as a, Image.open(whole[3] / name) as b:
+            assert a.size == b.size
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    process = start(tmp_path, "--cycles", 50, *SMALL)
+    folder = wait_for_cycle(tmp_path, process, 0)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    hint = re.search(r"python saeception.py --resume (\S+)$", err.strip())
+    assert hint and Path(hint[1]) == folder
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        ("--aux-loss huber", 2, "'huber'"),
+        ("--dataset cifar100", 2, "'cifar100'"),
+        ("--dataset cifar10", 2, "cifar10 arrives next"),
+        ("--dataset imagenet", 2, "imagenet arrives next"),
+        ("--nosuch 1", 2, "--nosuch"),
+        ("--cycles -1", 2, "-1 is not a whole number from 0 up"),
+        ("--lr nan", 2, "nan is not a number"),
+        ("--epochs 1.5", 2, "1.5 is not a whole number"),
+        ("--top-k 0", 2, "0 is not a whole number from 1 up"),
+        ("--top-k 257", 2, "--top-k 257 is over the number of features, --d-sae 256"),
+        ("--sae topk --sae-k 300", 2, "--sae-k 300"),
+        ("--layer nosuch", 2, "the layers are flatten, fc1, relu1, fc2, relu2, head"),
+        ("--limit 10", 2, "--limit 10"),
+        ("--resume .", 2, "no run folder"),
+        ("--lr 1e9 --limit 5000", 1, "cycle 0 baseline: the loss diverged in epoch"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, status, message, tmp_path, capsys):
+    got, out, err, _ = run(capsys, tmp_path, *arguments.split())
+    assert got == status and message in err and len(err.strip().splitlines()) == 1, err
+    assert err.startswith(("saeception.py: error: ", "__main__.py: error: ", "pytest: error: "))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(tmp_path, capsys):
+    status, _, err, _ = run(capsys, tmp_path, "--device", "cuda")
+    assert status == 2 and "--device cpu" in err and len(err.splitlines()) == 1
+
+
+def test_resume_with_other_settings_or_a_broken_checkpoint(tmp_path, capsys):
+    folder = run(capsys, tmp_path, "--cycles", 0, *SMALL)[3]
+    status, _, err, _ = run(capsys, tmp_path, "--resume", folder, "--top-k", 9)
+    assert status == 2 and "was run with --top-k 25" in err and len(err.splitlines()) == 1
+    assert run(capsys, tmp_path, "--resume", folder, "--top-k", 25)[0] == 0
+    for content in ((folder / "checkpoint.pt").read_bytes()[:100], b"", b"no checkpoint"):
+        (folder / "checkpoint.pt").write_bytes(content)
+        status, _, err, _ = run(capsys, tmp_path, "--resume", folder)
+        assert status == 2 and "no run folder" in err and len(err.splitlines()) == 1
+
+
+def test_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    status = S.main(["--out-dir", str(tmp_path / "file"), *SMALL])
+    err = capsys.readouterr().err
+    assert status == 1 and str(tmp_path / "file") in err and len(err.splitlines()) == 1
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    S.write_whole(path, lambda file: file.write(b"old"))
+
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="cannot write .*No space left"):
+        S.write_whole(path, full)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        S.main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name, values in S.DEFAULTS.items():
+        assert f"{name}: {values}" in out
+    assert all(f"--{key.replace('_', '-')}" in out for key in S.DEFAULTS["mnist"])
+
+
+def test_the_example_of_the_readme(capsys):
+    text = (HERE / "README.md").read_text()
+    example = re.search(r"<!-- example -->\n```python\n(.*?)```", text, re.S)[1]
+    exec(compile(example, "README.md", "exec"), {})
+    rows = capsys.readouterr().out.strip().splitlines()
+    assert "sae-ception" in rows[-2] and "control" in rows[-1]
