@@ -119,14 +119,12 @@ def train_sae(
     FloatingPointError if h is constant or the loss stops being finite.
     """
     (n, d_in), h, device = h.shape, h.detach(), device or h.device
-    parts = h.split(8192)  # views: nothing as large as h is made
-    if not any((part != h[:1]).any() for part in parts):
+    if torch.equal(h, h[:1].expand_as(h)):
         raise FloatingPointError("the layer is dead: its output is the same for every example")
-    mean = sum(part.float().sum(0) for part in parts) / n  # (d_in,)
-    scale = math.sqrt(n * d_in / sum(part.float().square().sum().item() for part in parts))
+    scale = math.sqrt(n * d_in) / torch.linalg.vector_norm(h, dtype=torch.float32).item()
     generator = torch.Generator().manual_seed(seed)
     sae = SparseAutoencoder(d_in, d_sae, k, generator).to(device)
-    sae.b_dec.data = (mean * scale).to(device)
+    sae.b_dec.data = (h.mean(0, dtype=torch.float32) * scale).to(device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
     order = batches(n, batch_size, epochs, seed, h.device)
     # As in Bricken et al., dead features are revived four times in the first half of training.
@@ -189,12 +187,10 @@ def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
 
     def hook(module, inputs, output):
         ndim = output.ndim if isinstance(output, Tensor) else 0
-        if ndim in (2, 3):  # cloned, as a later layer that works in place must not change h
-            seen.h = (output if ndim == 2 else output[:, 0]).clone()
-        elif ndim == 4:
-            seen.h = output.mean((2, 3))
-        else:
+        if ndim not in (2, 3, 4):
             raise ValueError(f"{module}: its output is none of [B, D], [B, T, D], [B, C, H, W]")
+        h = output.mean((2, 3)) if ndim == 4 else output[:, 0] if ndim == 3 else output
+        seen.h = h.clone()  # a later layer that works in place must not change it
 
     handle = layer.register_forward_hook(hook)
     try:
@@ -318,8 +314,7 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 512) -> float:
 def _centroids(x: Tensor, labels: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
     """Centroids [C, D], and the distance of each point to its own, [N]."""
     centroids = one_hot.T @ x / one_hot.sum(0)[:, None]
-    parts = zip(x.split(4096), labels.split(4096), strict=True)
-    return centroids, torch.cat([(part - centroids[own]).norm(dim=1) for part, own in parts])
+    return centroids, (x - centroids[labels]).norm(dim=1)
 
 
 def davies_bouldin_score(x: Tensor, labels: Tensor) -> float:
@@ -409,13 +404,10 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     # affine_grid takes the inverse map: from places in the image to places on the glyph.
     rows = [cos, sin + shear, uniform(-0.15, 0.15), -sin, cos, uniform(-0.15, 0.15)]
     theta = torch.stack(rows, dim=1).view(n, 2, 3) / size[:, None, None]
-    images = torch.empty(n, 1, 28, 28, dtype=torch.uint8)
-    for part in torch.arange(n).split(2000):
-        grid = F.affine_grid(theta[part], (len(part), 1, 28, 28), align_corners=False)
-        ink = F.grid_sample(glyphs[y[part]], grid, align_corners=False)
-        ink += 0.1 * torch.randn(ink.shape, generator=generator)
-        images[part] = (ink.clamp(0, 1) * 255).byte()
-    return images, y
+    grid = F.affine_grid(theta, (n, 1, 28, 28), align_corners=False)
+    ink = F.grid_sample(glyphs[y], grid, align_corners=False)
+    ink += 0.1 * torch.randn(ink.shape, generator=generator)
+    return (ink.clamp(0, 1) * 255).byte(), y
 
 
 def load_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -428,11 +420,10 @@ def load_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
         if len(data.data) != len(data.targets):
             raise ValueError(f"{len(data.data)} images but {len(data.targets)} labels")
     except Exception as error:  # each kind of damage, and no network, raises a type of its own
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise OSError(
-            f"cannot read or download MNIST ({reason}): put whole {part}-images-idx3-ubyte and "
-            f"{part}-labels-idx1-ubyte into {raw}, or say with --data-dir where MNIST/raw is, "
-            f"or use --dataset digits, which needs no files"
+            f"cannot read or download MNIST ({' '.join(str(error).split())[:100]}): put whole "
+            f"{part}-images-idx3-ubyte and {part}-labels-idx1-ubyte into {raw}, or say with "
+            "--data-dir where MNIST/raw is, or use --dataset digits, which needs no files"
         ) from error
     return data.data[:, None], data.targets
 
@@ -454,16 +445,13 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> S
         train, test = (images[:12_000], y[:12_000]), (images[12_000:], y[12_000:])
     else:
         train, test = load_mnist(data_dir, train=True), load_mnist(data_dir, train=False)
-    n_classes = int(train[1].max()) + 1
-    if limit and limit <= n_classes:
+    names = [str(i) for i in range(int(train[1].max()) + 1)]
+    if limit and limit <= len(names):
         raise ValueError(f"--limit {limit}: the metrics need more than one example per class")
     order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
     val, train = ([t[i] for t in train] for i in order.tensor_split([len(order) // 6]))
-    splits = {"train": train, "val": val, "test": test}
-    for name, (images, y) in splits.items():
-        chosen = balanced(y, limit or len(y))
-        splits[name] = images[chosen], y[chosen]
-    return SimpleNamespace(**splits, names=[str(i) for i in range(n_classes)])
+    cut = [[t[balanced(split[1], limit or len(t))] for t in split] for split in (train, val, test)]
+    return SimpleNamespace(train=cut[0], val=cut[1], test=cut[2], names=names)
 
 
 # === 7. Training ==================================================================================
@@ -486,13 +474,14 @@ def fit(
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> None:
     """Train, or train on, with the combined loss. The variance of h, averaged over its units, is
-    taken once at the start: one `weight` then suits layers of any scale. Raises FloatingPointError,
-    with the epoch, if the loss diverges."""
+    taken once at the start: one `weight` then suits layers of any scale. Seeds torch's generator,
+    so that dropout repeats as well. Raises FloatingPointError, with the epoch, on divergence."""
     device = next(model.parameters()).device
+    torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     order = batches(len(x), batch_size, epochs, seed, x.device)
     if targets is not None:
-        variance = activations(model, layer, x[:8192])[0].var(0).mean()
+        variance = activations(model, layer, x)[0].var(0).mean()
     model.train()
     with capture(find_layer(model, layer)) as seen:
         for step, index in enumerate(progress(order), 1):
@@ -508,10 +497,8 @@ def fit(
             optimizer.step()
             epoch, rest = divmod(step * epochs, len(order))
             if rest == 0 and not task_loss < 1e6:  # dead ReLUs can hold it at 1e9 for ever
-                raise FloatingPointError(
-                    f"the loss diverged in epoch {epoch}: {task_loss:.3g} is "
-                    "no finite number below 1e6; lower the learning rate"
-                )
+                reason = f"{task_loss:.3g} is not finite or over 1e6; lower the learning rate"
+                raise FloatingPointError(f"the loss diverged in epoch {epoch}: {reason}")
     model.eval()
 
 
@@ -535,7 +522,7 @@ def measure(model, layer: str, sae, x: Tensor, y: Tensor, full: bool = True) -> 
     h, logits = activations(model, layer, x)
     z = torch.cat([sae.encode(part) for part in h.split(8192)])
     row = {
-        "accuracy": (logits.argmax(1) == y).double().mean().item(),
+        "accuracy": (logits.argmax(1) == y.to(logits.device)).double().mean().item(),
         "silhouette": silhouette_score(z, y),
         "davies_bouldin": davies_bouldin_score(z, y),
     }
@@ -555,11 +542,11 @@ def measure(model, layer: str, sae, x: Tensor, y: Tensor, full: bool = True) -> 
     }
 
 
-def restore(model: nn.Module, state: dict, arm: str, k: int | None = None) -> tuple:
-    """The latest model and SAE of an arm from a state of `saeception`; `k` is that of the SAE."""
-    net, weights = copy.deepcopy(model), state["saes"].get(arm, state["saes"]["baseline"])
-    net.load_state_dict(state["models"].get(arm, state["models"]["baseline"]))
-    sae = SparseAutoencoder(*weights["W_enc"].shape, k).to(weights["W_enc"].device)
+def restore(model: nn.Module, state: dict, arm: str) -> tuple[nn.Module, SparseAutoencoder]:
+    """The latest model and SAE of an arm, or of the "baseline", from a state of `saeception`."""
+    net, weights = copy.deepcopy(model), state["saes"][arm]
+    net.load_state_dict(state["models"][arm])
+    sae = SparseAutoencoder(*weights["W_enc"].shape, state["k"])
     sae.load_state_dict(weights)
     return net, sae.to(next(net.parameters()).device).requires_grad_(False)
 
@@ -581,7 +568,7 @@ def saeception(
     sae_options: dict | None = None,  # more arguments of `train_sae`
     seed: int = 0,
     state: dict | None = None,  # what an earlier call yielded last, to go on from there
-    progress: Callable | None = None,  # progress(steps, desc=...), as tqdm.tqdm
+    progress: Callable = lambda steps, desc: steps,  # called with desc=..., as tqdm.tqdm
 ) -> Iterator[dict]:
     """The method. Yields a state after the baseline, which is cycle 0, and after every cycle:
 
@@ -590,37 +577,36 @@ def saeception(
     its own copy of the model on, with the same batches in the same order. Raises what `fit` and
     `train_sae` raise.
     """
-    x, y = train
+    x, y = train[0], train[1].to(next(model.parameters()).device)
     if arms is None:
         rules = arm_rules(int(max(y.max(), test[1].max())) + 1, top_k)
         arms = {name: rules[name] for name in ("sae-ception", "control")}
-    state = state or {"rows": [], "cycle": -1, "models": {}, "saes": {}}
+    state = state or {"rows": [], "cycle": -1, "k": k, "models": {}, "saes": {}}
     for cycle in range(state["cycle"] + 1, cycles + 1):
+        rows, models, saes = list(state["rows"]), dict(state["models"]), dict(state["saes"])
         for arm, rule in arms.items() if cycle else [("baseline", None)]:
             start, what = time.perf_counter(), f"seed {seed} cycle {cycle} {arm}"
-            bars = [partial(progress, desc=f"{what}: {stage}") if progress else iter
-                    for stage in ("train", "SAE")]  # fmt: skip
+            bars = [partial(progress, desc=f"{what}: {stage}") for stage in ("train", "SAE")]
             same = {"seed": 1000 * seed + cycle}  # in every arm
             net, targets = copy.deepcopy(model), None
             if cycle > 0:
-                net, sae = restore(model, state, arm, k)
+                net, sae = restore(model, state, arm if cycle > 1 else "baseline")
                 targets = rule(sae, activations(net, layer, x)[0], y) if rule else None
             try:
                 if cycle > 0 or not pretrained:
                     options = (fit_options or {}) | same | {"progress": bars[0]}
                     fit(net, layer, x, y, targets, weight, **options)
-                h = activations(net, layer, x)[0]
                 options = (sae_options or {}) | same | {"progress": bars[1]}
-                sae = train_sae(h, d_sae, k, **options)
+                sae = train_sae(activations(net, layer, x)[0], d_sae, k, **options)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{what}: {error}") from error
             row = {"seed": seed, "cycle": cycle, "arm": arm} | measure(net, layer, sae, *test)
             if val:
                 short = measure(net, layer, sae, *val, full=False)
                 row |= {f"val_{key}": value for key, value in short.items()}
-            state["rows"].append(row | {"seconds": time.perf_counter() - start})
-            state["models"][arm], state["saes"][arm] = net.state_dict(), sae.state_dict()
-        state["cycle"] = cycle
+            rows.append(row | {"seconds": time.perf_counter() - start})
+            models[arm], saes[arm] = net.state_dict(), sae.state_dict()
+        state = {"rows": rows, "cycle": cycle, "k": k, "models": models, "saes": saes}
         yield state
 
 
@@ -673,6 +659,7 @@ def draw_clusters(panels: dict[str, Tensor], y: Tensor, names: list[str]) -> Ima
     shown = shown[torch.randperm(len(shown), generator=torch.Generator().manual_seed(0))]
     for left, (title, z) in zip(range(0, image.width, side), panels.items(), strict=True):
         z = z.float().cpu()
+        torch.manual_seed(0)  # pca_lowrank draws at random; the picture should not
         axes = torch.pca_lowrank(z, q=min(6, *z.shape), niter=4)[2][:, :2]
         points = (z[shown] - z.mean(0)) @ axes
         low, high = points.quantile(torch.tensor([0.002, 0.998]), dim=0)  # no single far point
@@ -858,17 +845,17 @@ def run(config: dict, data: SimpleNamespace, folder: Path, saved: dict) -> None:
             new = [row for row in state["rows"] if row["cycle"] == state["cycle"]]
             print(table(new, heading=False), flush=True)
         if seed == seeds[0]:
-            draw_run(folder, *setting, data, state, options["k"])
+            draw_run(folder, *setting, data, state)
         finished, state = finished + state["rows"], None
     print(summary(finished), end="")
     print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
 
 
-def draw_run(folder: Path, model, layer: str, train, test, data, state: dict, k) -> None:
+def draw_run(folder: Path, model, layer: str, train, test, data, state: dict) -> None:
     """Both pictures: clusters of the baseline and of each arm, features of the first arm."""
     panels, arms = {}, list(state["models"])
     for arm in arms:
-        net, sae = restore(model, state, arm, k)
+        net, sae = restore(model, state, arm)
         z = sae.encode(activations(net, layer, test[0])[0]).cpu()
         score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
         panels[f"{arm}: silhouette {score:.3f}"] = z

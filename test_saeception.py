@@ -497,6 +497,8 @@ def test_saeception_keeps_arms_apart_and_the_model_as_it_was():
         row.pop("seconds")
         assert row in both["rows"]  # the control does not feel the other arm
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    with pytest.raises(KeyError):
+        S.restore(model, both, "sae_ception")
     net, sae = S.restore(model, both, "sae-ception")
     h, logits = S.activations(net, "1", data[0])
     last = both["rows"][-2]
@@ -538,6 +540,37 @@ def test_class_missing_from_the_training_set():
     some = y != 2
     state = final(small_net(), "1", (x[some], y[some]), (x, y), **options(pretrained=False))
     assert all(math.isfinite(value) for row in state["rows"] for value in list(row.values())[3:])
+
+
+def test_states_do_not_change_once_they_are_yielded():
+    class Stop(Exception):
+        pass
+
+    def progress(steps, desc):
+        if "cycle 2 control" in desc and not stopped:
+            stopped.append(desc)
+            raise Stop
+        return steps
+
+    data, model, stopped = blobs(), small_net(), []
+    states = list(S.saeception(model, "1", data, data, **options()))
+    assert [state["cycle"] for state in states] == [0, 1, 2]
+    assert [len(state["rows"]) for state in states] == [1, 3, 5]
+    with pytest.raises(Stop):
+        for state in S.saeception(model, "1", data, data, **options(progress=progress)):
+            pass
+    rows = final(model, "1", data, data, **options(state=state))["rows"]
+    expected = [dict(row, seconds=0) for row in states[-1]["rows"]]
+    assert [dict(row, seconds=0) for row in rows] == expected
+
+
+def test_dropout_is_the_same_in_each_arm():
+    data = blobs()
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4))
+    S.fit(model, "1", *data, epochs=5)
+    both = final(model, "1", data, data, **options(arms={"a": None, "b": None}))["rows"]
+    a, b = ([row[key] for key in ("accuracy", "h_silhouette")] for row in both[-2:])
+    assert a == b
 
 
 def test_state_is_plain_data_to_go_on_from(tmp_path):
