@@ -556,10 +556,11 @@ def test_states_do_not_change_once_they_are_yielded():
     states = list(S.saeception(model, "1", data, data, **options()))
     assert [state["cycle"] for state in states] == [0, 1, 2]
     assert [len(state["rows"]) for state in states] == [1, 3, 5]
+    reached = []
     with pytest.raises(Stop):
         for state in S.saeception(model, "1", data, data, **options(progress=progress)):
-            pass
-    rows = final(model, "1", data, data, **options(state=state))["rows"]
+            reached.append(state)
+    rows = final(model, "1", data, data, **options(state=reached[-1]))["rows"]
     expected = [dict(row, seconds=0) for row in states[-1]["rows"]]
     assert [dict(row, seconds=0) for row in rows] == expected
 
