@@ -417,8 +417,8 @@ def load_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             data = torchvision.datasets.MNIST(str(root), train=train, download=True)
-        if len(data.data) != len(data.targets):
-            raise ValueError(f"{len(data.data)} images but {len(data.targets)} labels")
+        if not 0 < len(data.targets) == len(data.data) or data.data.shape[1:] != (28, 28):
+            raise ValueError(f"images {list(data.data.shape)} but {len(data.targets)} labels")
     except Exception as error:  # each kind of damage, and no network, raises a type of its own
         raise OSError(
             f"cannot read or download MNIST ({' '.join(str(error).split())[:100]}): put whole "
@@ -445,7 +445,7 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> S
         train, test = (images[:12_000], y[:12_000]), (images[12_000:], y[12_000:])
     else:
         train, test = load_mnist(data_dir, train=True), load_mnist(data_dir, train=False)
-    names = [str(i) for i in range(int(train[1].max()) + 1)]
+    names = [str(i) for i in range(int(max(train[1].max(), test[1].max())) + 1)]
     if limit and limit <= len(names):
         raise ValueError(f"--limit {limit}: the metrics need more than one example per class")
     order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
@@ -792,23 +792,26 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not getattr(torch, device).is_available():
         error(f"--device {device}: torch finds none on this machine; use --device cpu")
-    folder, saved = given.pop("resume", None), None
+    dataset, folder, saved = given.get("dataset", "digits"), given.pop("resume", None), None
+    config = {"data_dir": "data", "out_dir": "runs", "device": device, "dataset": dataset}
+    config |= {"seeds": [0], "arms": ["sae-ception", "control"], "limit": None}
     if folder:
         try:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            config = saved["config"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+            old = saved.pop("config")
+            if old.keys() != config.keys() | DEFAULTS["digits"].keys():
+                raise KeyError("config")
+        except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.PickleError):
             error(f"--resume: {folder} is no run folder: it has no readable checkpoint.pt")
         for key in given.keys() - {"device", "data_dir", "out_dir"}:
-            if given[key] != config[key]:
+            if given[key] != old[key]:
                 name = "--" + key.replace("_", "-")
-                error(f"--resume: {folder} was run with {name} {config[key]}; leave {name} out")
+                error(f"--resume: {folder} was run with {name} {old[key]}; leave {name} out")
+        config = old
+    elif dataset in DEFAULTS:
+        config |= DEFAULTS[dataset]
     else:
-        dataset = given.get("dataset", "digits")
-        if dataset not in DEFAULTS:
-            error(f"--dataset {dataset} arrives next; digits and mnist are here")
-        config = {"dataset": dataset, "data_dir": "data", "out_dir": "runs", "seeds": [0]}
-        config |= {"arms": ["sae-ception", "control"], "limit": None} | DEFAULTS[dataset]
+        error(f"--dataset {dataset} arrives next; digits and mnist are here")
     config |= given | {"device": device}
     config["seeds"] = list(dict.fromkeys(config["seeds"]))  # each once
     for name, value in (("--top-k", config["top_k"]), ("--sae-k", config["sae_k"])):
@@ -880,7 +883,7 @@ def main(argv: list[str] | None = None) -> int:
             now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # to the millisecond: always a new one
             folder = Path(config["out_dir"]) / f"{config['dataset']}-{now}"
             folder.mkdir(parents=True)
-            save_run(folder, config, **saved)  # so that --resume works from here on
+        save_run(folder, config, **saved)  # --resume works from here on, and results.json is whole
         run(config, data, folder, saved)
         return 0
     except KeyboardInterrupt:
