@@ -814,9 +814,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
         error(f"--dataset {dataset} arrives next; digits and mnist are here")
     config |= given | {"device": device}
     config["seeds"] = list(dict.fromkeys(config["seeds"]))  # each once
-    for name, value in (("--top-k", config["top_k"]), ("--sae-k", config["sae_k"])):
-        if value > config["d_sae"]:
-            error(f"{name} {value} is over the number of features, --d-sae {config['d_sae']}")
+    for key in ["top_k", "sae_k"] if config["sae"] == "topk" else ["top_k"]:
+        if config[key] > config["d_sae"]:
+            name = key.replace("_", "-")
+            error(f"--{name} {config[key]} is over the number of features, {config['d_sae']}")
     return config, folder, saved
 
 

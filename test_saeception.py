@@ -716,7 +716,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         ("--lr nan", 2, "nan is not a number"),
         ("--epochs 1.5", 2, "1.5 is not a whole number"),
         ("--top-k 0", 2, "0 is not a whole number from 1 up"),
-        ("--top-k 257", 2, "--top-k 257 is over the number of features, --d-sae 256"),
+        ("--top-k 257", 2, "--top-k 257 is over the number of features, 256"),
         ("--sae topk --sae-k 300", 2, "--sae-k 300"),
         ("--layer nosuch", 2, "the layers are flatten, fc1, relu1, fc2, relu2, head"),
         ("--limit 10", 2, "--limit 10"),
