@@ -342,8 +342,11 @@ def calinski_harabasz_score(x: Tensor, labels: Tensor) -> float:
 
 
 def adjusted_rand_score(a: Tensor, b: Tensor) -> float:
-    """Adjusted Rand index of two labelings [N] (Hubert and Arabie 1985): 1 same, 0 by chance."""
+    """Adjusted Rand index of two labelings [N] (Hubert and Arabie 1985): 1 same, 0 by chance.
+    Raises ValueError if their lengths differ or are zero."""
     a, b = (torch.as_tensor(v).cpu().unique(return_inverse=True)[1] for v in (a, b))
+    if a.shape != b.shape or len(a) == 0:
+        raise ValueError(f"need two labels for each point, got {len(a)} and {len(b)}")
     counts = (v.unique(return_counts=True)[1] for v in (a, b, a * (b.max() + 1) + b))
     same_a, same_b, both = (int((n * (n - 1) // 2).sum()) for n in counts)  # pairs of points
     if same_a == same_b == both:
@@ -706,7 +709,8 @@ def write_whole(path: Path, write: Callable) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
-        raise OSError(f"cannot write {path} ({error}): make room, then use --resume") from error
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"cannot write {path} ({reason}): make room, then use --resume") from error
     finally:
         part.unlink(missing_ok=True)
 

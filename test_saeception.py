@@ -343,6 +343,9 @@ def test_adjusted_rand():
     assert S.adjusted_rand_score(a, b) == pytest.approx(expected)
     assert S.adjusted_rand_score(a, 7 - a) == 1
     assert S.adjusted_rand_score(torch.zeros(6), torch.arange(6)) == 0
+    for b in (a[:5], a[:0]):
+        with pytest.raises(ValueError, match="two labels"):
+            S.adjusted_rand_score(a if len(b) else b, b)
 
 
 def test_uncertainty_coefficient():
