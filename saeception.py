@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: MIT-0
 """SAE-ception: a sparse autoencoder (SAE) as a training signal for a classifier, in one file.
 
-    python saeception.py                        # rendered digits, nothing to download
-    python saeception.py --dataset mnist
+    python saeception.py                                   # rendered digits, no download
+    python saeception.py --dataset mnist                   # MLP
+    python saeception.py --dataset cifar10 --cycles 3      # ViT-H/14
+    python saeception.py --dataset imagenet --data-dir DIR # ConvNeXt-V2, DIR/train and DIR/val
+
+Data flows one way, and everything after the trunk is plain tensors:
+
+    images --trunk (frozen, run once, cached)--> x --model (trained)--> logits
+                                                       \\--layer--> h --SAE--> z --sharpen--> target
 
 The output of one layer of the classifier is its activation h. One cycle:
 
@@ -26,29 +33,53 @@ import math
 import os
 import pickle
 import platform
+import re
+import signal
 import sys
 import time
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-# Chosen on validation rows, never on the test set (README, "How the defaults were chosen").
+# Digits, MNIST and vit_tiny: chosen on validation rows, never on the test set (README, "How the
+# defaults were chosen"). ViT-H and ConvNeXt-V2: k, SAE size and epochs of the paper.
 # fmt: off
+COMMON = dict(cycles=3, top_k=25, aux_loss="mse", sae="l1", weights="auto")
+MLP = COMMON | dict(arch="mlp", image_size=28, tune="all", layer="relu1", batch_size=128, lr=2e-3,
+                    d_sae=256, l1=0.1, sae_k=8)
 DEFAULTS = {
-    "digits": dict(cycles=3, layer="relu1", epochs=20, batch_size=128, lr=2e-3, aux_weight=0.3,
-                   aux_loss="mse", top_k=25, sae="l1", d_sae=256, l1=0.1, sae_k=8, sae_epochs=30),
-    "mnist": dict(cycles=3, layer="relu1", epochs=8, batch_size=128, lr=2e-3, aux_weight=1.0,
-                  aux_loss="mse", top_k=25, sae="l1", d_sae=256, l1=0.1, sae_k=8, sae_epochs=10),
+    "digits": MLP | dict(epochs=20, aux_weight=0.3, sae_epochs=30),
+    "mnist": MLP | dict(epochs=8, aux_weight=1.0, sae_epochs=10),
+    "cifar10": COMMON | dict(arch="vit_h_14", image_size=384, tune="last", layer="ln", epochs=3,
+                             batch_size=64, lr=1e-4, aux_weight=0.3, d_sae=5120, l1=1.0, sae_k=32,
+                             sae_epochs=5),
+    "vit_tiny": COMMON | dict(arch="vit_tiny", image_size=32, tune="all", layer="ln", epochs=3,
+                              batch_size=64, lr=1e-3, aux_weight=0.3, d_sae=512, l1=0.3, sae_k=16,
+                              sae_epochs=20),
+    "imagenet": COMMON | dict(arch="convnextv2_large", image_size=384, tune="last", layer="norm",
+                              epochs=1, batch_size=64, lr=1e-5, aux_weight=0.3, d_sae=6144, l1=1.0,
+                              sae_k=32, sae_epochs=1),
+}
+ARCHS = {
+    "digits": ["mlp"], "mnist": ["mlp"],
+    "cifar10": ["vit_h_14", "vit_l_16", "vit_b_16", "vit_b_32", "vit_tiny"],
+    "imagenet": [f"convnextv2_{size}" for size in
+                 ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")],
 }
 # fmt: on
 
@@ -59,6 +90,37 @@ def batches(n: int, batch_size: int, epochs: int, seed: int, device=None) -> lis
     size = min(n, batch_size)
     orders = [torch.randperm(n, generator=generator).to(device) for _ in range(epochs)]
     return [batch for order in orders for batch in order[: n // size * size].split(size)]
+
+
+def take(x, index, device) -> Tensor:
+    """Rows x[index] of a tensor on any device, or of `Rows`, on `device`; half becomes float32."""
+    if isinstance(index, Tensor):
+        index = index.to(getattr(x, "device", device))
+    rows = x[index].to(device)
+    return rows.float() if rows.dtype == torch.float16 else rows
+
+
+class Rows:
+    """n rows that `read(index)` computes when they are asked for: for what fits no memory."""
+
+    def __init__(self, n: int, read: Callable):
+        self.n, self.read = n, read
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index) -> Tensor:
+        return self.read(index)
+
+    def kept(self, max_bytes: int = 2**29, chunk: int = 512) -> "Tensor | Rows":
+        """All rows as one tensor where that takes at most `max_bytes`, else self."""
+        first = self[:1]
+        if self.n * first.nbytes > max_bytes:
+            return self
+        rows = first.new_empty(self.n, *first.shape[1:])
+        for i in range(0, self.n, chunk):
+            rows[i : i + chunk] = self[i : i + chunk]
+        return rows
 
 
 # === 1. Sparse autoencoder ========================================================================
@@ -100,14 +162,25 @@ class SparseAutoencoder(nn.Module):
         return self.decode(z), z
 
 
+@torch.no_grad()
+def moments(h, device=None, chunk: int = 8192) -> tuple[Tensor, float]:
+    """Mean [d_in] of activations h [N, d_in], and their variance, averaged over the d_in units."""
+    first, total, square = h[:1].to(device).float(), 0, 0.0
+    for i in range(0, len(h), chunk):
+        away = take(h, slice(i, i + chunk), first.device) - first  # from 0: no digits would be left
+        total, square = total + away.sum(0), square + away.square().sum().item()
+    away = total / len(h)
+    return first[0] + away, square / (len(h) * len(away)) - away.square().mean().item()
+
+
 def train_sae(
-    h: Tensor,  # activations [N, d_in], on any device
+    h: Tensor,  # activations [N, d_in], on any device; `Rows` too
     d_sae: int,  # number of features
     k: int | None = None,  # active features per example: a TopK SAE. None: ReLU and L1
     l1: float = 0.1,  # weight of the L1 norm of z; a TopK SAE does without
     epochs: int = 10,
     batch_size: int = 256,
-    lr: float = 3e-3,
+    lr: float | None = None,  # None: 0.003 for 256 features, less for more (Gao et al. 2024)
     seed: int = 0,
     device: torch.device | str | None = None,  # where the SAE trains. None: where h is
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
@@ -118,22 +191,23 @@ def train_sae(
     in the end the scale is folded into the biases, and z is in units of h. Raises
     FloatingPointError if h is constant or the loss stops being finite.
     """
-    (n, d_in), h, device = h.shape, h.detach(), device or h.device
-    if torch.equal(h, h[:1].expand_as(h)):
+    n, device, lr = len(h), device or h[:1].device, lr or 0.048 / math.sqrt(d_sae)
+    mean, variance = moments(h, device)
+    if variance == 0:
         raise FloatingPointError("the layer is dead: its output is the same for every example")
-    scale = math.sqrt(n * d_in) / torch.linalg.vector_norm(h, dtype=torch.float32).item()
+    scale = 1 / math.sqrt(variance + mean.square().mean().item())
     generator = torch.Generator().manual_seed(seed)
-    sae = SparseAutoencoder(d_in, d_sae, k, generator).to(device)
-    sae.b_dec.data = (h.mean(0, dtype=torch.float32) * scale).to(device)
+    sae = SparseAutoencoder(len(mean), d_sae, k, generator).to(device)
+    sae.b_dec.data = mean * scale
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
-    order = batches(n, batch_size, epochs, seed, h.device)
+    order = batches(n, batch_size, epochs, seed, device)
     # As in Bricken et al., dead features are revived four times in the first half of training.
     window = max(1, len(order) // 8)
     fired = torch.zeros(d_sae, dtype=torch.bool, device=device)
     for step, index in enumerate(progress(order), 1):
         # The last fifth of the steps takes the learning rate to zero: less noise, lower error.
         optimizer.param_groups[0]["lr"] = lr * min(1, 5 * (1 - step / len(order)))
-        batch = h[index].to(device).float() * scale  # (B, d_in)
+        batch = take(h, index, device) * scale  # (B, d_in)
         h_hat, z = sae(batch)
         error = (h_hat - batch).square().sum(1)  # (B,)
         loss = error.mean() + (l1 * z.sum(1).mean() if k is None else 0)
@@ -188,7 +262,8 @@ def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
     def hook(module, inputs, output):
         ndim = output.ndim if isinstance(output, Tensor) else 0
         if ndim not in (2, 3, 4):
-            raise ValueError(f"{module}: its output is none of [B, D], [B, T, D], [B, C, H, W]")
+            kind = type(module).__name__
+            raise ValueError(f"the output of {kind} is none of [B, D], [B, T, D], [B, C, H, W]")
         h = output.mean((2, 3)) if ndim == 4 else output[:, 0] if ndim == 3 else output
         seen.h = h.clone()  # a later layer that works in place must not change it
 
@@ -208,17 +283,24 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 4096) -> tuple:
-    """One pass in evaluation mode over x [N, ...]: h [N, d_in] and logits [N, n_classes]."""
-    device = next(model.parameters()).device
+def activations(model: nn.Module, layer: str, x: Tensor, index=slice(None), chunk=512) -> tuple:
+    """h [N, d_in] and logits [N, n_classes] of the rows x[index], in evaluation mode, in chunks."""
+    if isinstance(index, slice):
+        index = torch.arange(*index.indices(len(x)))
+    device, parts = next(model.parameters()).device, []
     model.eval()
     with capture(find_layer(model, layer)) as seen:
-        for i in range(0, len(x), chunk):
-            part = model(x[i : i + chunk].to(device))
-            if i == 0:
-                h, logits = (t.new_empty(len(x), t.shape[1]) for t in (seen.h, part))
-            h[i : i + chunk], logits[i : i + chunk] = seen.h, part
-    return h, logits
+        for part in index.split(chunk):
+            logits = model(take(x, part, device))
+            if seen.h is None:
+                raise ValueError(f"the model has a layer {layer!r} but does not call it")
+            parts.append((seen.h, logits))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def layer_output(model: nn.Module, layer: str, x: Tensor) -> Tensor | Rows:
+    """h for every row of x: a tensor, or, where it is large, computed again whenever it is read."""
+    return Rows(len(x), lambda index: activations(model, layer, x, index)[0]).kept()
 
 
 # === 3. Feature sharpening ========================================================================
@@ -232,7 +314,8 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, encode: Callable | None = N
     y [N] class numbers; gives [n_classes, D]. In chunks: the codes of all examples may not fit.
     """
     total, count = 0, y.bincount(minlength=n_classes)[:, None]
-    for part, labels in zip(v.split(8192), y.split(8192), strict=True):
+    for i in range(0, len(v), 8192):
+        part, labels = v[i : i + 8192], y[i : i + 8192]
         code = encode(part) if encode else part
         total = total + F.one_hot(labels, n_classes).to(code.dtype).T @ code
     return total / count.clamp_min(1)
@@ -258,14 +341,10 @@ def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, k: int) -> Tensor:
+def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, k: int) -> Tensor | Rows:
     """The method's targets [N, d_in]: row i belongs to h[i] and y[i]. Raises like `class_top_k`."""
     mask = class_top_k(h, y, n_classes, k, sae.encode)
-    targets = torch.empty_like(h)
-    for i in range(0, len(h), 8192):
-        part = slice(i, i + 8192)
-        targets[part] = sae.decode(sharpen(sae.encode(h[part]), y[part], mask))
-    return targets
+    return Rows(len(h), lambda i: sae.decode(sharpen(sae.encode(h[i]), y[i], mask))).kept()
 
 
 # === 4. Metrics ===================================================================================
@@ -273,55 +352,71 @@ def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, k: int) -> Tens
 # Davies-Bouldin = mean over i of max over j of (spread_i + spread_j) / distance(centre_i, centre_j)
 
 
-def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked and centred x [N, D] in float64, labels as 0..C-1, and their one-hot [N, C]."""
+def _clusters(x: Tensor, labels: Tensor, chunk: int) -> tuple:
+    """Checked points, as (slice, centred float64 [chunk, D], one-hot [chunk, C]) read by number of
+    the chunk; how many chunks; labels as 0..C-1 [N]; sizes of the clusters [C]."""
     # Distances come from |a|^2 + |b|^2 - 2 a.b. For points close together and far from the origin
     # float32 would have no digits left. Apple's mps has no float64: there the CPU does it.
     x = torch.as_tensor(x)
-    x = x.to("cpu" if x.device.type == "mps" else x.device, torch.float64, copy=True)
-    x -= x.mean(0)
-    classes, labels = torch.as_tensor(labels, device=x.device).unique(return_inverse=True)
+    x = x.cpu() if x.device.type == "mps" else x
+    labels = torch.as_tensor(labels, device=x.device)
+    classes, labels, count = labels.unique(return_inverse=True, return_counts=True)
     if labels.shape != x.shape[:1] or not 2 <= len(classes) <= len(x) - 1:
         raise ValueError(f"{len(x)} points need as many labels, from 2 to {len(x) - 1} different; "
                          f"here are {labels.numel()}, {len(classes)} different")  # fmt: skip
-    if not x.isfinite().all():
+    mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(chunk)) / len(x)
+    if not mean.isfinite().all():
         raise ValueError("some points are not finite")
-    return x, labels, F.one_hot(labels).double()
+
+    def read(i):
+        rows = slice(i * chunk, (i + 1) * chunk)
+        return rows, x[rows].double() - mean, F.one_hot(labels[rows], len(classes)).double()
+
+    return read, math.ceil(len(x) / chunk), labels, count
 
 
-def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 512) -> float:
+def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 2048) -> float:
     """Mean silhouette (Rousseeuw 1987), Euclidean and exact: -1 to 1, high is well separated.
 
-    x [N, D], labels [N]; memory O(chunk * N). A cluster of one point counts 0. Raises ValueError
-    for fewer than 2 or more than N - 1 different labels, as the next two scores do.
+    x [N, D], labels [N]; memory O(chunk * D + N * C). A cluster of one point counts 0. Raises
+    ValueError for fewer than 2 or more than N - 1 different labels, as the next two scores do.
     """
-    x, labels, one_hot = _clusters(x, labels)
-    square = x.square().sum(1)
-    to_cluster = torch.zeros_like(one_hot)  # (N, C): sum of distances to the points of a cluster
-    for i in range(0, len(x), chunk):
-        j = min(i + chunk, len(x))
-        distance = torch.addmm(square[i:], x[i:j], x[i:].T, alpha=-2).add_(square[i:j, None])
-        distance.clamp_min_(0).sqrt_().fill_diagonal_(0)  # (chunk, N - i)
-        to_cluster[i:j] += distance @ one_hot[i:]
-        to_cluster[j:] += distance[:, j - i :].T @ one_hot[i:j]  # by symmetry: half the work
-    count, own = one_hot.sum(0), labels[:, None]
+    read, n_chunks, labels, count = _clusters(x, labels, chunk)
+    to_cluster = count.new_zeros(len(labels), len(count), dtype=torch.float64)  # sums of distances
+    for i in range(n_chunks):
+        at, a, own = read(i)
+        for j in range(i, n_chunks):
+            to, b, other = (at, a, own) if i == j else read(j)
+            square = torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(
+                a.square().sum(1)[:, None]
+            )
+            distance = square.clamp_min_(0).sqrt_()
+            if i == j:
+                to_cluster[at] += distance.fill_diagonal_(0) @ own
+            else:  # by symmetry, half the work
+                to_cluster[at] += distance @ other
+                to_cluster[to] += distance.T @ own
+    own = labels[:, None]
     a = to_cluster.gather(1, own)[:, 0] / (count[labels] - 1).clamp_min(1)
-    b = (to_cluster / count).scatter(1, own, torch.inf).amin(1)
+    b = to_cluster.div_(count).scatter_(1, own, torch.inf).amin(1)
     s = ((b - a) / torch.maximum(a, b)).nan_to_num(0)  # 0/0: all the points are one
     return s.where(count[labels] > 1, 0).mean().item()
 
 
-def _centroids(x: Tensor, labels: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
-    """Centroids [C, D], and the distance of each point to its own, [N]."""
-    centroids = one_hot.T @ x / one_hot.sum(0)[:, None]
-    return centroids, (x - centroids[labels]).norm(dim=1)
+def _centroids(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Centroids [C, D], each point's distance to its own [N], labels [N], cluster sizes [C]."""
+    read, n_chunks, labels, count = _clusters(x, labels, 8192)
+    centroids = sum(one_hot.T @ part for _, part, one_hot in map(read, range(n_chunks)))
+    centroids /= count[:, None]
+    chunks = map(read, range(n_chunks))
+    distance = [(part - centroids[labels[rows]]).norm(dim=1) for rows, part, _ in chunks]
+    return centroids, torch.cat(distance), labels, count
 
 
 def davies_bouldin_score(x: Tensor, labels: Tensor) -> float:
     """Davies-Bouldin index (1979): from 0 up, low is well separated. x [N, D], labels [N]."""
-    x, labels, one_hot = _clusters(x, labels)
-    centroids, distance = _centroids(x, labels, one_hot)
-    spread = distance @ one_hot / one_hot.sum(0)
+    centroids, distance, labels, count = _centroids(x, labels)
+    spread = labels.bincount(distance) / count
     between = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
     if spread.max() < 1e-8 or between.max() < 1e-8:  # scikit-learn's convention
         return 0.0
@@ -332,10 +427,9 @@ def davies_bouldin_score(x: Tensor, labels: Tensor) -> float:
 def calinski_harabasz_score(x: Tensor, labels: Tensor) -> float:
     """Variance between over variance within clusters, each per degree of freedom (Calinski and
     Harabasz 1974): from 0 up, high is well separated; 1 if nothing varies within."""
-    x, labels, one_hot = _clusters(x, labels)
-    centroids, distance = _centroids(x, labels, one_hot)
-    (n, c), within = one_hot.shape, distance.square().sum()
-    between = (one_hot.sum(0)[:, None] * centroids.square()).sum()
+    centroids, distance, labels, count = _centroids(x, labels)
+    n, c, within = len(labels), len(count), distance.square().sum()
+    between = (count[:, None] * centroids.square()).sum()
     if within <= 1e-24 * between:  # equal but for rounding
         return 1.0
     return (between / within * (n - c) / (c - 1)).item()
@@ -374,15 +468,212 @@ def uncertainty_coefficient(z: Tensor, labels: Tensor) -> float:
 
 # === 5. Models ====================================================================================
 # images --trunk (frozen, run once)--> x --model (trained)--> logits
+# Each builder gives the trunk, the model and the name of the layer that the paper takes.
 
 
-def mnist_mlp(n_classes: int = 10) -> tuple[Callable, nn.Module, str]:
-    """The paper's MLP 784-16-16-10: a trunk that only scales uint8 pixels to 0..1, the model, and
-    the name of the layer that the paper takes, the first hidden one after its ReLU."""
+class Pixels(nn.Module):
+    """uint8 images [B, C, H, W] to floats: 0..1, resized to size x size, minus mean, over std."""
+
+    def __init__(self, size: int | None = None, mean=(0.0,), std=(1.0,)):
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.float() / 255
+        if self.size and x.shape[2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic").clamp(0, 1)
+        return (x - self.mean) / self.std
+
+
+IMAGENET_PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def mnist_mlp(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
+    """The paper's MLP 784-16-16-10; its layer is the first hidden one, after the ReLU."""
     layers = {"flatten": nn.Flatten(), "fc1": nn.Linear(784, 16), "relu1": nn.ReLU()}
     layers |= {"fc2": nn.Linear(16, 16), "relu2": nn.ReLU(), "head": nn.Linear(16, n_classes)}
-    model = nn.Sequential(OrderedDict(layers))
-    return lambda images: images.float() / 255, model, "relu1"
+    return Pixels(), nn.Sequential(OrderedDict(layers)), "relu1"
+
+
+class ViTTrunk(nn.Module):
+    """torchvision's VisionTransformer up to the class token behind the last block's attention.
+
+    Nothing behind that point mixes tokens: the last MLP, LayerNorm and head act on one vector.
+    """
+
+    def __init__(self, vit: VisionTransformer):
+        super().__init__()
+        *blocks, last = vit.encoder.layers
+        self.conv_proj, self.class_token = vit.conv_proj, vit.class_token
+        self.pos_embedding, self.blocks = vit.encoder.pos_embedding, nn.Sequential(*blocks)
+        self.last_ln, self.last_attention = last.ln_1, last.self_attention
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, D)
+        x = self.conv_proj(x).flatten(2).transpose(1, 2)  # (B, T - 1, D)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embedding
+        x = self.blocks(x)  # (B, T, D)
+        y = self.last_ln(x)
+        return x[:, 0] + self.last_attention(y[:, :1], y, y, need_weights=False)[0][:, 0]
+
+
+class ResidualMLP(nn.Module):
+    """x + MLP(LayerNorm(x)), the second half of a transformer block."""
+
+    def __init__(self, ln_2: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.ln_2, self.mlp = ln_2, mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.ln_2(x))
+
+
+def cifar10_vit(
+    arch: str = "vit_h_14",  # or vit_l_16, vit_b_16, vit_b_32, or vit_tiny: 4 blocks, 128 wide
+    image_size: int = 384,  # rounded down to whole patches, 378 for vit_h_14
+    n_classes: int = 10,
+    weights: str = "auto",  # torchvision's (SWAG E2E where there are any), "none", or a path
+) -> tuple[nn.Module, nn.Module, str]:
+    """A ViT (Dosovitskiy et al. 2021) with a new head, split so that model(trunk(images)) is the
+    whole network; its layer is the final LayerNorm. Raises what `read_weights` raises."""
+    patch = 4 if arch == "vit_tiny" else int(arch[-2:])
+    size = image_size // patch * patch
+    if size == 0:
+        raise ValueError(f"--image-size {image_size} is less than a patch of {arch}, {patch}")
+    weights = "none" if (arch, weights) == ("vit_tiny", "auto") else weights
+    with torch.device("cpu" if weights == "none" else "meta"):  # meta: no time lost on random ones
+        if arch == "vit_tiny":
+            vit = VisionTransformer(size, patch, 4, 4, 128, 512, num_classes=n_classes)
+        else:
+            vit = torchvision.models.get_model(arch, image_size=size)
+    vit.heads = nn.Identity()
+    if weights != "none":
+        official = torchvision.models.get_model_weights(arch) if arch != "vit_tiny" else {}
+        best = getattr(official, "IMAGENET1K_SWAG_E2E_V1", None) or official["IMAGENET1K_V1"]
+        state, source = read_weights(weights, best.url)
+        state = {key: value for key, value in state.items() if not key.startswith("heads.")}
+        if "encoder.pos_embedding" in state:
+            state = interpolate_embeddings(size, patch, state)
+        fill(vit, state, source)
+    last, head = vit.encoder.layers[-1], nn.Linear(vit.hidden_dim, n_classes)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    layers = {"mlp": ResidualMLP(last.ln_2, last.mlp), "ln": vit.encoder.ln, "head": head}
+    trunk = nn.Sequential(Pixels(size, **IMAGENET_PIXELS), ViTTrunk(vit))
+    return trunk, nn.Sequential(OrderedDict(layers)), "ln"
+
+
+class GRN(nn.Module):
+    """Global response normalization (Woo et al. 2023, arXiv:2301.00808), channels last."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
+        return x + self.gamma * (x * (size / (size.mean(-1, keepdim=True) + 1e-6))) + self.beta
+
+
+class ConvNeXtV2Block(nn.Module):
+    """torchvision's ConvNeXt block with GRN behind the GELU and without layer scale."""
+
+    def __init__(self, dim: int, *layer_scale_and_stochastic_depth):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv2d(dim, dim, 7, padding=3, groups=dim), torchvision.ops.Permute([0, 2, 3, 1]),
+            nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, 4 * dim), nn.GELU(), GRN(4 * dim),
+            nn.Linear(4 * dim, dim), torchvision.ops.Permute([0, 3, 1, 2]),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        return x + self.block(x)
+
+
+def imagenet_convnext(
+    arch: str = "convnextv2_large",  # atto, femto, pico, nano, tiny, base, large, huge
+    n_classes: int | None = None,  # None: keep the checkpoint's own head, ImageNet's 1000 classes
+    weights: str = "auto",  # the official ones (licence CC-BY-NC), "none", or a path to them
+) -> tuple[nn.Module, nn.Module, str]:
+    """ConvNeXt V2 (Woo et al. 2023): the trunk ends with the pooling, the model is LayerNorm and
+    linear, its layer the LayerNorm. Raises what `read_weights` raises."""
+    size = arch.removeprefix("convnextv2_")
+    depth = {"nano": 8, "tiny": 9, "base": 27, "large": 27, "huge": 27}.get(size, 6)
+    n_blocks = (3, 3, depth, 3) if depth % 9 == 0 else (2, 2, depth, 2)
+    width = {"atto": 40, "femto": 48, "pico": 64, "nano": 80, "tiny": 96, "base": 128, "large": 192,
+             "huge": 352}[size]  # fmt: skip
+    dims = [width, 2 * width, 4 * width, 8 * width, None]
+    stages = [CNBlockConfig(dims[i], dims[i + 1], n_blocks[i]) for i in range(4)]
+    with torch.device("cpu" if weights == "none" else "meta"):
+        net = ConvNeXt(stages, block=ConvNeXtV2Block, num_classes=n_classes or 1000)
+    if weights != "none":
+        kind = "im1k/{}_1k_224_ema" if depth == 6 else "im22k/{}_22k_384_ema"
+        url = "https://dl.fbaipublicfiles.com/convnext/convnextv2/" + kind.format(arch) + ".pt"
+        state, source = read_weights(weights, url)
+        state = dict(torchvision_name(*item) for item in state.items())
+        if n_classes:
+            net.classifier[2] = nn.Linear(dims[3], n_classes)
+            state |= {f"classifier.2.{k}": v for k, v in net.classifier[2].state_dict().items()}
+        fill(net, state, source)
+    net = net.to(memory_format=torch.channels_last)
+    norm = nn.LayerNorm(dims[3], eps=1e-6)  # torchvision's, which wants maps, on vectors
+    norm.load_state_dict(net.classifier[0].state_dict())
+    trunk = nn.Sequential(Pixels(**IMAGENET_PIXELS), net.features, net.avgpool, nn.Flatten())
+    return trunk, nn.Sequential(OrderedDict(norm=norm, head=net.classifier[2])), "norm"
+
+
+def torchvision_name(name: str, value: Tensor) -> tuple[str, Tensor]:
+    """An entry of an official ConvNeXt-V2 checkpoint as torchvision's ConvNeXt calls it."""
+    place = {"dwconv": 0, "norm": 2, "pwconv1": 3, "grn": 5, "pwconv2": 6}
+    kind, *rest = name.split(".")
+    if kind == "stages" and len(rest) == 4 and rest[2] in place:  # stages.0.1.grn.gamma
+        stage, block, layer, parameter = rest
+        value = value.flatten() if layer == "grn" else value
+        name = f"features.{2 * int(stage) + 1}.{block}.block.{place[layer]}.{parameter}"
+    elif kind == "downsample_layers":
+        name = ".".join(["features", str(2 * int(rest[0])), *rest[1:]])
+    elif kind in ("norm", "head"):
+        name = ".".join(["classifier", "0" if kind == "norm" else "2", *rest])
+    return name, value
+
+
+def read_weights(weights: str, url: str) -> tuple[dict[str, Tensor], Path]:
+    """The state dict in the file `weights`, or, for "auto", in the one at `url`, which torch.hub
+    keeps; and the file's path. Raises OSError if it cannot be downloaded, ValueError if it is no
+    checkpoint."""
+    path = Path(weights)
+    if weights == "auto":
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    try:
+        if weights == "auto" and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digest = re.search(r"-([0-9a-f]{8})\.", path.name)
+            torch.hub.download_url_to_file(
+                url, str(path), digest and digest[1], progress=sys.stderr.isatty()
+            )
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot download {url} ({error}): put the file at {path}, or name it with "
+                      "--weights PATH; --weights none does without") from error  # fmt: skip
+    try:
+        # Memory-mapped: a cached trunk pass needs a few layers of the 2.5 GB of a ViT-H only.
+        state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = state.get("model", state)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("its entries are not tensors")
+    except FileNotFoundError:
+        raise ValueError(f"--weights {weights}: there is no such file") from None
+    except (OSError, RuntimeError, EOFError, AttributeError, TypeError, pickle.PickleError) as e:
+        raise ValueError(f"{path} is no checkpoint of weights ({type(e).__name__})") from e
+    return state, path
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load; ValueError with the first key or shape that does not fit."""
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip().split('", ')[0]
+        raise ValueError(f"{source} does not fit the network: {first}") from error
 
 
 # === 6. Data ======================================================================================
@@ -413,22 +704,97 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return (ink.clamp(0, 1) * 255).byte(), y
 
 
-def load_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """MNIST's training or test files in root/MNIST/raw, downloaded if they are not there. Raises
-    OSError, with what to do, if they can be neither read nor downloaded."""
-    raw, part = Path(root) / "MNIST" / "raw", "train" if train else "t10k"
+class Photos:
+    """Image files as uint8 [B, 3, size, size], decoded when they are read: photos[i:j].
+
+    Below 384 pixels the middle 7/8 of the shorter side is taken, from there on the whole image is
+    warped: what the official ConvNeXt-V2 checkpoints were evaluated on. OSError names a bad file.
+    """
+
+    def __init__(self, root: str, names: list[str], size: int):
+        self.root, self.size = root, size
+        self.names = np.array([os.fsencode(name) for name in names])  # no object per file
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, name: bytes) -> str:
+        return os.path.join(self.root, os.fsdecode(name))
+
+    def __getitem__(self, index) -> "Tensor | Photos":
+        return torch.stack([self.decode(self.path(name)) for name in self.names[index]])
+
+    def decode(self, path: str) -> Tensor:
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise OSError(f"cannot read the image {path}: mend or remove it") from error
+        (width, height), box = image.size, None
+        if self.size < 384:
+            side = min(width, height) * 7 / 8
+            x, y = (width - side) / 2, (height - side) / 2
+            box = (x, y, x + side, y + side)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def subset(images, index: Tensor):
+    """Those of the images that `index` names, in its order, still undecoded if they are photos."""
+    if isinstance(images, Photos):
+        chosen = copy.copy(images)
+        chosen.names = images.names[index.numpy()]
+        return chosen
+    return images[index]
+
+
+def fingerprint(images: "Tensor | Photos") -> int:
+    """A checksum of the pixels, or of the names, sizes and times of change of the files."""
+    if isinstance(images, Tensor):
+        return zlib.crc32(images.contiguous().numpy())
+    checksum = 0
+    for name in images.names:
+        status = os.stat(images.path(name))
+        text = b"%s %d %d" % (name, status.st_size, status.st_mtime_ns)
+        checksum = zlib.crc32(text, checksum)
+    return checksum
+
+
+def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor, list]:
+    """ "mnist" or "cifar10" as torchvision lays it out below root, downloaded if it is not there:
+    images, class numbers and class names. OSError, with what to do, if neither is possible."""
+    kind = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}[dataset]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            data = torchvision.datasets.MNIST(str(root), train=train, download=True)
-        if not 0 < len(data.targets) == len(data.data) or data.data.shape[1:] != (28, 28):
-            raise ValueError(f"images {list(data.data.shape)} but {len(data.targets)} labels")
+            data = kind(str(root), train=train, download=True)
+        images, y = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        shape = (1, 28, 28) if dataset == "mnist" else (3, 32, 32)
+        if not 0 < len(y) == len(images) or images.shape[1:] != shape:
+            raise ValueError(f"images {list(images.shape)} but {len(y)} labels")
     except Exception as error:  # each kind of damage, and no network, raises a type of its own
+        files = {"mnist": f"{'train' if train else 't10k'}-images-idx3-ubyte and -labels-idx1-ubyte"
+                          f" into {Path(root, 'MNIST', 'raw')}",
+                 "cifar10": f"cifar-10-python.tar.gz into {root}"}[dataset]  # fmt: skip
         raise OSError(
-            f"cannot read or download MNIST ({' '.join(str(error).split())[:100]}): put whole "
-            f"{part}-images-idx3-ubyte and {part}-labels-idx1-ubyte into {raw}, or say with "
-            "--data-dir where MNIST/raw is, or use --dataset digits, which needs no files"
+            f"cannot read or download {dataset} ({' '.join(str(error).split())[:100]}): put whole "
+            f"{files}, or say with --data-dir where they are, or use --dataset digits, which needs "
+            "no files"
         ) from error
-    return data.data[:, None], data.targets
+    return images, y, [str(i) for i in range(10)] if dataset == "mnist" else data.classes
+
+
+def load_folders(root: str | Path, split: str, size: int) -> tuple[Photos, Tensor, list[str]]:
+    """Photos in root/split/<class>/, of any kind that Pillow reads. OSError if there are none."""
+    folder, known = os.path.join(root, split), tuple(Image.registered_extensions())
+    try:
+        data = torchvision.datasets.DatasetFolder(folder, None, known)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"no images in {folder}/<class>/ ({reason}): say with --data-dir where the "
+                      "folders train/<class>/ and val/<class>/ are") from error  # fmt: skip
+    names = [path[len(folder) + 1 :] for path, _ in data.samples]
+    return Photos(folder, names, size), torch.tensor(data.targets), data.classes
 
 
 def balanced(y: Tensor, limit: int) -> Tensor:
@@ -439,22 +805,105 @@ def balanced(y: Tensor, limit: int) -> Tensor:
     return rank.argsort(stable=True)[:limit].sort().values
 
 
-def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> SimpleNamespace:
+def load_data(
+    dataset: str, data_dir: str | Path, limit: int | None = None, image_size: int = 384
+) -> SimpleNamespace:
     """The splits `train`, `val` and `test`, with at most `limit` examples each, balanced over the
-    classes, and the classes' `names`. `val`: a sixth of the training files, the same for all seeds.
-    """
+    classes, and the classes' `names`. `val` is taken from the training files, the same for all
+    seeds: a sixth of digits and MNIST, a tenth of the others, but at most 25,000. `test`: the
+    official test or validation files. Raises ValueError and what the loaders raise."""
     if dataset == "digits":
         images, y = render_digits(14_000)
         train, test = (images[:12_000], y[:12_000]), (images[12_000:], y[12_000:])
+        names = [str(i) for i in range(10)]
+    elif dataset == "imagenet":
+        (*train, names), (*test, others) = (
+            load_folders(data_dir, split, image_size) for split in ("train", "val")
+        )
+        if names != others:
+            odd = min(set(names) ^ set(others))
+            raise ValueError(f"{data_dir}: only one of train and val has a class {odd}")
     else:
-        train, test = load_mnist(data_dir, train=True), load_mnist(data_dir, train=False)
-    names = [str(i) for i in range(int(max(train[1].max(), test[1].max())) + 1)]
+        *train, names = load_torchvision(dataset, data_dir, train=True)
+        *test, _ = load_torchvision(dataset, data_dir, train=False)
     if limit and limit <= len(names):
-        raise ValueError(f"--limit {limit}: the metrics need more than one example per class")
-    order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))
-    val, train = ([t[i] for t in train] for i in order.tensor_split([len(order) // 6]))
-    cut = [[t[balanced(split[1], limit or len(t))] for t in split] for split in (train, val, test)]
+        raise ValueError(f"--limit {limit}: the metrics need more than one example per class, "
+                         f"and there are {len(names)} classes")  # fmt: skip
+    n = len(train[1])
+    n_val = n // 6 if dataset in ("digits", "mnist") else min(25_000, n // 10)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    parts = [(*train, order[n_val:]), (*train, order[:n_val]), (*test, torch.arange(len(test[1])))]
+    cut = []
+    for images, y, index in parts:
+        if limit:
+            index = index[balanced(y[index], limit)]
+        cut.append((subset(images, index), y[index]))
     return SimpleNamespace(train=cut[0], val=cut[1], test=cut[2], names=names)
+
+
+@torch.no_grad()
+def trunk_features(
+    trunk: nn.Module,  # frozen, on `device`
+    images: "Tensor | Photos",  # uint8, N of them
+    path: Path,  # of the .npy file that keeps the features; give other images or trunks another
+    dtype: str = "float32",  # or "float16"
+    device: str = "cpu",
+    batch_size: int = 64,
+    workers: int = 0,  # processes that decode photos
+    share: tuple[int, int] = (0, 1),  # (i, n): only the i-th of every n blocks
+    progress: Callable = iter,
+) -> Tensor:
+    """trunk(images) [N, d], memory-mapped: read from `path`, or computed and left there.
+
+    A .crc file beside it holds a checksum for each block of 256 rows. What does not fit its
+    checksum is computed, be it missing, half written or damaged. So a pass may be killed at any
+    time, and processes may share one; blocks begin at fixed places, so that the result is the same
+    to the bit. Raises OSError for a full disk or a bad photo, FloatingPointError for features that
+    are not finite.
+    """
+    n, block, sums_path = len(images), 256, path.with_suffix(".crc")
+    starts = range(0, n, block)
+    while True:
+        try:
+            x, sums = np.load(path, mmap_mode="c"), np.fromfile(sums_path, np.uint32)
+            if (len(x), x.dtype, len(sums)) != (n, dtype, len(starts)):
+                raise ValueError(f"{x.shape} {x.dtype}")
+        except (OSError, ValueError, EOFError) as error:
+            if path.exists():
+                print(f"{path} is not the file of this run ({error}): made again", file=sys.stderr)
+                path.unlink()
+            width = trunk(images[:1].to(device)).shape[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(sums_path, lambda file: file.write(bytes(4 * len(starts))))
+            write_whole(path, lambda file, shape=(n, width): np.lib.format.open_memmap(
+                file.name, "w+", dtype, shape))  # fmt: skip
+            continue
+        todo = [i for i in starts if zlib.crc32(x[i : i + block]) != sums[i // block]]
+        if sums[np.array(todo, int) // block].any():
+            print(f"{path} has damaged blocks: they are made again", file=sys.stderr)
+        todo = [i for i in todo if i // block % share[1] == share[0]]
+        if not todo:
+            return torch.from_numpy(x)
+        order = [
+            slice(i, min(i + batch_size, start + block, n))
+            for start in todo
+            for i in range(start, min(start + block, n), batch_size)
+        ]
+        loader = torch.utils.data.DataLoader(
+            images, sampler=order, batch_size=None, pin_memory=device == "cuda",
+            num_workers=0 if isinstance(images, Tensor) else workers,
+        )  # fmt: skip
+        done = []
+        for index, batch in zip(order, progress(loader), strict=True):
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                done.append(trunk(batch.to(device, non_blocking=True)).float())
+            if index.stop == n or index.stop % block == 0:
+                h = torch.cat(done).cpu().numpy().astype(dtype)
+                if not np.isfinite(h).all():
+                    raise FloatingPointError(f"features of the trunk are not finite in {dtype}")
+                start, done = (index.stop - 1) // block * block, []
+                write_at(path, x.offset + start * x.strides[0], h)
+                write_at(sums_path, start // block * 4, np.uint32(zlib.crc32(h)))
 
 
 # === 7. Training ==================================================================================
@@ -462,35 +911,61 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> S
 # aux = mean squared error / variance of h,  or  1 - cosine similarity
 
 
+def flip_and_shift(images: Tensor, generator: torch.Generator, most: int = 4) -> Tensor:
+    """Images [B, C, H, W], each mirrored or not and moved by up to `most` pixels, at random."""
+    n, _, height, width = images.shape
+    draws = torch.randint(2 * most + 1, (2, n, 1), generator=generator)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    rows, columns = torch.arange(height) + draws[0], torch.arange(width) + draws[1]
+    columns = torch.where(mirrored, columns.flip(1), columns)  # (B, W)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = F.pad(images, [most] * 4).permute(0, 2, 3, 1)  # (B, H + 8, W + 8, C)
+    example = torch.arange(n, device=images.device)[:, None, None]
+    return padded[example, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
 def fit(
     model: nn.Module,  # trained in place, on the device where it is
     layer: str,  # name of the layer whose output is h
     x: Tensor,  # inputs [N, ...], on any device
     y: Tensor,  # class numbers [N]
-    targets: Tensor | None = None,  # constants [N, d_in]. None: the task alone
+    targets: "Tensor | Rows | None" = None,  # constants [N, d_in]. None: the task alone
     weight: float = 0.0,  # of the auxiliary loss
     aux_loss: str = "mse",  # or "cosine", which leaves the scale of h free
     epochs: int = 1,
     batch_size: int = 64,
     lr: float = 1e-3,  # of Adam
+    augment: Callable | None = None,  # (batch, generator) -> batch, as `flip_and_shift`
     seed: int = 0,  # of the order of the batches
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> None:
     """Train, or train on, with the combined loss. The variance of h, averaged over its units, is
-    taken once at the start: one `weight` then suits layers of any scale. Seeds torch's generator,
-    so that dropout repeats as well. Raises FloatingPointError, with the epoch, on divergence."""
+    taken once at the start, from up to 4096 examples: one `weight` then suits layers of any scale.
+    Seeds torch's generator, so that dropout repeats as well. Where torch.distributed is initialized
+    each process takes its share of every batch. Raises FloatingPointError, with the epoch, on
+    divergence."""
     device = next(model.parameters()).device
     torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    order = batches(len(x), batch_size, epochs, seed, x.device)
+    order = batches(len(x), batch_size, epochs, seed, device)
     if targets is not None:
-        variance = activations(model, layer, x)[0].var(0).mean()
+        some = batches(len(x), 4096, 1, seed)[0]
+        variance = activations(model, layer, x, some)[0].var(0).mean()
     model.train()
+    net, share = model, slice(None)
+    if dist.is_initialized():
+        net = nn.parallel.DistributedDataParallel(model)  # averages the gradients
+        share = slice(dist.get_rank(), None, dist.get_world_size())
     with capture(find_layer(model, layer)) as seen:
         for step, index in enumerate(progress(order), 1):
-            loss = task_loss = F.cross_entropy(model(x[index].to(device)), y[index].to(device))
+            batch = take(x, index, device)
+            if augment:
+                batch = augment(batch, generator)  # the targets stay those of the clean images
+            logits, mine = net(batch[share]), index[share]
+            loss = task_loss = F.cross_entropy(logits, take(y, mine, device))
             if targets is not None:
-                target = targets[index].to(device)
+                target = take(targets, mine, device)
                 if aux_loss == "mse":
                     loss = loss + weight * F.mse_loss(seen.h, target) / variance
                 else:
@@ -514,8 +989,14 @@ def arm_rules(n_classes: int, top_k: int) -> dict[str, Callable | None]:
     return {
         "sae-ception": lambda sae, h, y: sharpened_targets(sae, h, y, n_classes, top_k),
         "control": None,
-        "class-mean": lambda sae, h, y: class_mean(h, y, n_classes)[y],
+        "class-mean": lambda sae, h, y: class_mean_targets(h, y, n_classes),
     }
+
+
+def class_mean_targets(h: Tensor, y: Tensor, n_classes: int) -> Tensor | Rows:
+    """The mean h of each example's class, [N, d_in]: no SAE in it."""
+    mean = class_mean(h, y, n_classes)
+    return Rows(len(h), lambda i: mean[y[i]]).kept()
 
 
 @torch.no_grad()
@@ -523,25 +1004,30 @@ def measure(model, layer: str, sae, x: Tensor, y: Tensor, full: bool = True) -> 
     """Accuracy of the model and separation of the SAE's features z by class; where `full`, also
     the quality of the SAE and the separation of h itself."""
     h, logits = activations(model, layer, x)
-    z = torch.cat([sae.encode(part) for part in h.split(8192)])
+    z = Rows(len(h), lambda i: sae.encode(h[i])).kept(max_bytes=math.inf)
+    y = y.to(h.device)
+
+    def score(metric, points):  # undefined where, say, each point has a class of its own
+        return metric(points, y) if 2 <= len(y.unique()) < len(y) else math.nan
+
     row = {
-        "accuracy": (logits.argmax(1) == y.to(logits.device)).double().mean().item(),
-        "silhouette": silhouette_score(z, y),
-        "davies_bouldin": davies_bouldin_score(z, y),
+        "accuracy": (logits.argmax(1) == y).sum().item() / len(y),
+        "silhouette": score(silhouette_score, z),
+        "davies_bouldin": score(davies_bouldin_score, z),
     }
     if not full:
         return row
     parts = zip(h.split(8192), z.split(8192), strict=True)
     unexplained = sum((part - sae.decode(code)).square().sum().item() for part, code in parts)
     return row | {
-        "calinski_harabasz": calinski_harabasz_score(z, y),
+        "calinski_harabasz": score(calinski_harabasz_score, z),
         "adjusted_rand": adjusted_rand_score(z.argmax(1), y),  # of the strongest feature
         "uncertainty": uncertainty_coefficient(z, y),
         "l0": ((z > 0).sum() / len(z)).item(),  # features that fire, per example
-        "dead": 1 - (z > 0).any(0).double().mean().item(),  # share of features that never fire
+        "dead": 1 - (z > 0).any(0).float().mean().item(),  # share of features that never fire
         "fvu": unexplained / max(h.var(0, correction=0).sum().item() * len(h), 1e-12),
-        "h_silhouette": silhouette_score(h, y),
-        "h_davies_bouldin": davies_bouldin_score(h, y),
+        "h_silhouette": score(silhouette_score, h),
+        "h_davies_bouldin": score(davies_bouldin_score, h),
     }
 
 
@@ -580,7 +1066,8 @@ def saeception(
     its own copy of the model on, with the same batches in the same order. Raises what `fit` and
     `train_sae` raise.
     """
-    x, y = train[0], train[1].to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    x, y = train[0], train[1].to(device)
     if arms is None:
         rules = arm_rules(int(max(y.max(), test[1].max())) + 1, top_k)
         arms = {name: rules[name] for name in ("sae-ception", "control")}
@@ -593,14 +1080,17 @@ def saeception(
             same = {"seed": 1000 * seed + cycle}  # in every arm
             net, targets = copy.deepcopy(model), None
             if cycle > 0:
-                net, sae = restore(model, state, arm if cycle > 1 else "baseline")
-                targets = rule(sae, activations(net, layer, x)[0], y) if rule else None
+                before, sae = restore(model, state, arm if cycle > 1 else "baseline")
+                targets = rule(sae, layer_output(before, layer, x), y) if rule else None
+                net = copy.deepcopy(
+                    before
+                )  # large targets are made from `before` when they are read
             try:
                 if cycle > 0 or not pretrained:
                     options = (fit_options or {}) | same | {"progress": bars[0]}
                     fit(net, layer, x, y, targets, weight, **options)
-                options = (sae_options or {}) | same | {"progress": bars[1]}
-                sae = train_sae(activations(net, layer, x)[0], d_sae, k, **options)
+                options = (sae_options or {}) | same | {"progress": bars[1], "device": device}
+                sae = train_sae(layer_output(net, layer, x), d_sae, k, **options)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{what}: {error}") from error
             row = {"seed": seed, "cycle": cycle, "arm": arm} | measure(net, layer, sae, *test)
@@ -655,53 +1145,56 @@ def palette(n: int) -> list[str]:
 
 def draw_clusters(panels: dict[str, Tensor], y: Tensor, names: list[str]) -> Image.Image:
     """A panel per title: features z [N, d_sae] on their first two principal components, coloured
-    by class y [N]; at most 5000 points, and a legend of at most 20 classes."""
+    by class y [N], and a legend of at most 20 classes."""
     side, font, colours = 480, ImageFont.load_default(size=18), palette(len(names))
     image = Image.new("RGB", (side * len(panels), side + 80), "white")
-    draw, shown = ImageDraw.Draw(image), balanced(y, 5000)
-    shown = shown[torch.randperm(len(shown), generator=torch.Generator().manual_seed(0))]
+    draw, labels = ImageDraw.Draw(image), y.tolist()
+    on_top = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).tolist()
     for left, (title, z) in zip(range(0, image.width, side), panels.items(), strict=True):
         z = z.float().cpu()
         torch.manual_seed(0)  # pca_lowrank draws at random; the picture should not
         axes = torch.pca_lowrank(z, q=min(6, *z.shape), niter=4)[2][:, :2]
-        points = (z[shown] - z.mean(0)) @ axes
+        points = (z - z.mean(0)) @ axes
         low, high = points.quantile(torch.tensor([0.002, 0.998]), dim=0)  # no single far point
         points = ((points - low) / (high - low).clamp_min(1e-9)).clamp(0, 1) * (side - 40)
         draw.text((left + 20, 10), title, fill="black", font=font)
-        for (u, v), label in zip(points.tolist(), y[shown].tolist(), strict=True):
-            u, v = left + 20 + u, 60 + v
-            draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=colours[label])
-    for i, name in enumerate(names[:20]):
-        draw.text((20 + 60 * i, side + 50), name, fill=colours[i], font=font)
+        points = points.tolist()
+        for i in on_top:
+            u, v = left + 20 + points[i][0], 60 + points[i][1]
+            draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=colours[labels[i]])
+    left = 20
+    for name, colour in zip(names[:20], colours, strict=False):
+        draw.text((left, side + 50), name, fill=colour, font=font)
+        left += 25 + draw.textlength(name, font=font)
     return image
 
 
-def draw_features(z: Tensor, images: Tensor, y: Tensor, mean: Tensor, names: list) -> Image.Image:
+def draw_features(z: Tensor, images, y: Tensor, mean: Tensor, names: list[str]) -> Image.Image:
     """A line for each of the first 20 classes: its three features with the largest class mean
     (mean [n_classes, d_sae]), each as the eight images [N, C, H, W] with the largest z [N, d_sae],
     framed in the colour of their own class y [N]."""
     side, font, colours = 52, ImageFont.load_default(size=15), palette(len(names))
-    mean = mean[:20]
-    size = 90 + 3 * (8 * side + 20), 10 + len(mean) * (side + 26)
-    canvas = Image.new("RGB", size, "white")
+    mean, n_best = mean[:20], min(8, len(z))
+    canvas = Image.new("RGB", (10 + 3 * (8 * side + 20), 10 + len(mean) * (side + 46)), "white")
     draw = ImageDraw.Draw(canvas)
     for c, features in enumerate(mean.topk(min(3, mean.shape[1])).indices.tolist()):
-        top = 5 + c * (side + 26)
-        draw.text((10, top + 34), f"class {names[c]}", fill=colours[c], font=font)
-        for left, feature in zip(range(90, canvas.width, 8 * side + 20), features, strict=False):
+        top = 5 + c * (side + 46)
+        draw.text((10, top), f"class {names[c]}", fill=colours[c], font=font)
+        for left, feature in zip(range(10, canvas.width, 8 * side + 20), features, strict=False):
             text = f"feature {feature}, mean {mean[c, feature]:.2f}"
-            draw.text((left, top), text, fill="black", font=font)
-            for n, i in enumerate(z[:, feature].topk(min(8, len(z))).indices.tolist()):
-                x0, y0 = left + n * side, top + 21
+            draw.text((left, top + 20), text, fill="black", font=font)
+            best = z[:, feature].topk(n_best).indices.cpu()
+            for n, (i, pixels) in enumerate(zip(best.tolist(), images[best], strict=True)):
+                x0, y0 = left + n * side, top + 41
                 draw.rectangle((x0, y0, x0 + side - 3, y0 + side - 3), fill=colours[int(y[i])])
-                photo = torchvision.transforms.functional.to_pil_image(images[i]).convert("RGB")
+                photo = torchvision.transforms.functional.to_pil_image(pixels).convert("RGB")
                 canvas.paste(photo.resize((side - 8, side - 8)), (x0 + 3, y0 + 3))
     return canvas
 
 
 def write_whole(path: Path, write: Callable) -> None:
     """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         with open(part, "wb") as file:
             write(file)
@@ -710,9 +1203,21 @@ def write_whole(path: Path, write: Callable) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
         reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"cannot write {path} ({reason}): make room, then use --resume") from error
+        raise OSError(
+            f"cannot write {path} ({reason}): make room and start again, or --resume"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_at(path: Path, place: int, data) -> None:
+    """Write bytes into an existing file. OSError, with what to do, if that fails."""
+    try:
+        with open(path, "r+b") as file:
+            file.seek(place)
+            file.write(data)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}): make room, start again") from error
 
 
 def save_run(folder: Path, config: dict, finished: list, seed: int, state: dict | None) -> None:
@@ -725,21 +1230,23 @@ def save_run(folder: Path, config: dict, finished: list, seed: int, state: dict 
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if config["device"] == "cuda" else None,
     }
-    rows = finished + (state["rows"] if state else [])
+    rows = [{key: value if value == value else None for key, value in row.items()}  # null for nan
+            for row in finished + (state["rows"] if state else [])]  # fmt: skip
     results = {"config": config, "environment": environment, "rows": rows}
     text = json.dumps(results, indent=1, allow_nan=False)
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
 
 
-def show_progress(steps: list, desc: str) -> Iterator:
-    """Rate and time left on stderr; where that is no terminal, one line when it is done."""
+def show_progress(steps, desc: str, size: int = 1) -> Iterator:
+    """Rate and time left on stderr; where that is no terminal, one line when it is done. The rate
+    counts `size` for each step."""
     start = shown = time.perf_counter()
     for done, step in enumerate(steps, 1):
         yield step
         now, live = time.perf_counter(), sys.stderr.isatty()
         if done == len(steps) or (live and now - shown > 0.2):
             shown, rate = now, done / (now - start)
-            text = f"{desc}: {done}/{len(steps)} steps, {rate:.0f}/s, "
+            text = f"{desc}: {done}/{len(steps)} steps, {rate * size:.3g}/s, "
             text += f"{(len(steps) - done) / rate:.0f} s left" if done < len(steps) else "done"
             end = "\n" if done == len(steps) else ""
             print(f"\r{text:<79}" if live else text, end=end, file=sys.stderr, flush=True)
@@ -767,11 +1274,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error, flag, count = error, parser.add_argument, partial(number, int, 1)
-    datasets = ["digits", "mnist", "cifar10", "imagenet"]
-    flag("--dataset", choices=datasets, help="digits (the default) are rendered, not downloaded")
+    flag("--dataset", choices=list(ARCHS), help="digits (the default) are rendered, not downloaded")
     flag("--cycles", type=partial(number, int, 0), help="rounds of SAE, sharpen, train, measure")
     flag("--data-dir", help="where data sets lie or are downloaded to (default: data)")
     flag("--out-dir", help="where each run makes its folder (default: runs)")
+    flag("--cache-dir", help="where features of the trunk are kept (default: DATA_DIR/features)")
+    archs = "; ".join(f"{name}: {', '.join(archs)}" for name, archs in ARCHS.items())
+    flag("--arch", choices=sum(ARCHS.values(), []), metavar="ARCH", help=archs)
+    flag("--image-size", type=count, help="side to which images are resized, for ViT and ConvNeXt")
+    flag("--weights", metavar="{auto,none,PATH}", help="pretrained weights; auto downloads them")
+    flag("--tune", choices=["last", "all"], help="train what is behind the trunk, or the trunk too")
     flag("--layer", help="name of the layer whose output is h")
     flag("--top-k", type=count, help="features that each class keeps")
     flag("--aux-weight", type=partial(number, float, 0), help="weight of the auxiliary loss")
@@ -782,12 +1294,14 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     flag("--sae-k", type=count, help="active features per example, for --sae topk")
     flag("--epochs", type=count, help="of the classifier: for the baseline, and in every cycle")
     flag("--sae-epochs", type=count, help="of each SAE")
-    flag("--batch-size", type=count, help="of the classifier")
+    flag("--batch-size", type=count, help="of the classifier and of the trunk")
     flag("--lr", type=partial(number, float, 1e-12), help="learning rate of the classifier")
     flag("--seeds", type=partial(number, int, 0), nargs="+", help="one run each (default: 0)")
     flag("--arms", choices=list(arm_rules(1, 1)), nargs="+", help="default: sae-ception control")
     flag("--limit", type=count, help="examples per split, balanced over the classes (default: all)")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], help="auto (the default): cuda or cpu")
+    flag("--workers", type=partial(number, int, 0), help="processes that decode photos (default: "
+         "one per core)")  # fmt: skip
     flag("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     given = {key: v for key, v in vars(parser.parse_args(argv)).items() if v is not None}
 
@@ -797,109 +1311,196 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     if device != "cpu" and not getattr(torch, device).is_available():
         error(f"--device {device}: torch finds none on this machine; use --device cpu")
     dataset, folder, saved = given.get("dataset", "digits"), given.pop("resume", None), None
-    config = {"data_dir": "data", "out_dir": "runs", "device": device, "dataset": dataset}
-    config |= {"seeds": [0], "arms": ["sae-ception", "control"], "limit": None}
+    here = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": os.cpu_count()}
+    config = here | {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
+    config |= {"limit": None} | DEFAULTS["vit_tiny" if given.get("arch") == "vit_tiny" else dataset]
     if folder:
         try:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             old = saved.pop("config")
-            if old.keys() != config.keys() | DEFAULTS["digits"].keys():
+            if old.keys() != config.keys() | {"device"}:
                 raise KeyError("config")
         except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.PickleError):
             error(f"--resume: {folder} is no run folder: it has no readable checkpoint.pt")
-        for key in given.keys() - {"device", "data_dir", "out_dir"}:
+        for key in given.keys() - here.keys() - {"device"}:
             if given[key] != old[key]:
                 name = "--" + key.replace("_", "-")
                 error(f"--resume: {folder} was run with {name} {old[key]}; leave {name} out")
         config = old
-    elif dataset in DEFAULTS:
-        config |= DEFAULTS[dataset]
-    else:
-        error(f"--dataset {dataset} arrives next; digits and mnist are here")
     config |= given | {"device": device}
     config["seeds"] = list(dict.fromkeys(config["seeds"]))  # each once
     for key in ["top_k", "sae_k"] if config["sae"] == "topk" else ["top_k"]:
         if config[key] > config["d_sae"]:
             name = key.replace("_", "-")
             error(f"--{name} {config[key]} is over the number of features, {config['d_sae']}")
+    if config["arch"] not in ARCHS[config["dataset"]]:
+        names = ", ".join(ARCHS[config["dataset"]])
+        error(f"--arch {config['arch']} is not for --dataset {config['dataset']}; choose {names}")
+    if config["dataset"] == "imagenet" and config["tune"] == "all":
+        error("--tune all keeps all images in memory: it is for digits, mnist and cifar10")
     return config, folder, saved
 
 
-def run(config: dict, data: SimpleNamespace, folder: Path, saved: dict) -> None:
+def build(config: dict, names: list[str], seed: int) -> tuple:
+    """Trunk, model, and whether the model can classify before any training. With --tune all the
+    trunk is a part of the model."""
+    arch, weights, keep = config["arch"], config["weights"], False
+    torch.manual_seed(seed if config["tune"] == "all" else 0)  # features serve all seeds
+    if arch == "mlp":
+        trunk, model, _ = mnist_mlp(len(names))
+    elif arch.startswith("vit"):
+        trunk, model, _ = cifar10_vit(arch, config["image_size"], len(names), weights)
+    else:
+        # Sorted, ImageNet's 1000 folders are in the order of the checkpoint's classes.
+        keep = len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
+        trunk, model, _ = imagenet_convnext(arch, None if keep else len(names), weights)
+    if config["tune"] == "all":
+        model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
+    find_layer(model, config["layer"])
+    return trunk, model, keep and weights != "none"
+
+
+def cached_splits(config: dict, trunk: nn.Module, splits: dict, share: tuple[int, int]) -> dict:
+    """The splits with the trunk's features for images, from --cache-dir or computed."""
+    device, weights = config["device"], config["weights"]
+    about = {key: config[key] for key in ("dataset", "arch", "image_size", "weights")}
+    if weights not in ("auto", "none"):
+        status = os.stat(weights)
+        about["weights"] = [str(Path(weights).resolve()), status.st_size, status.st_mtime_ns]
+    about["bfloat16"] = device == "cuda"
+    folder = Path(config["cache_dir"] or Path(config["data_dir"], "features"))
+    dtype = "float16" if len(splits["train"][1]) > 200_000 else "float32"
+    trunk, done = trunk.to(device).eval().requires_grad_(False), {}
+    for split, (images, y) in splits.items():
+        about |= {"split": split, "images": fingerprint(images)}
+        key = zlib.crc32(json.dumps(about).encode())
+        path = folder / f"{config['dataset']}-{config['arch']}-{split}-{key:08x}.npy"
+        bar = partial(show_progress, desc=f"trunk, {split} images", size=config["batch_size"])
+        options = {"batch_size": config["batch_size"], "workers": config["workers"]}
+        options |= {"share": share, "progress": iter if share[0] else bar}
+        done[split] = trunk_features(trunk, images, path, about, dtype, device, **options), y
+    return done
+
+
+def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: dict) -> None:
     """Every seed, from where `saved` stands: prints the table, fills the folder."""
+    trunk, model, pretrained = parts
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    if config["tune"] == "last":
+        # Each process makes its share of the features. Rank 0 joins them and does all the rest,
+        # which is small. With --tune all, each process does everything, on its share of the batches
+        # in `fit`; rank 0 alone prints and writes.
+        images = splits
+        if world > 1:
+            cached_splits(config, trunk, images, (rank, world))
+            dist.barrier()
+            dist.destroy_process_group()
+        if rank:
+            return
+        splits = cached_splits(config, trunk, images, (0, 1))
+    del trunk
     rules, device = arm_rules(len(data.names), config["top_k"]), config["device"]
+    fit_options = {key: config[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
+    augmented = config["tune"] == "all" and config["dataset"] == "cifar10"
     options = {
         "d_sae": config["d_sae"],
         "k": config["sae_k"] if config["sae"] == "topk" else None,
         "weight": config["aux_weight"],
         "cycles": config["cycles"],
         "arms": {arm: rules[arm] for arm in config["arms"]},
-        "pretrained": False,
-        "fit_options": {key: config[key] for key in ("aux_loss", "epochs", "batch_size", "lr")},
+        "pretrained": pretrained,
+        "fit_options": fit_options | {"augment": flip_and_shift if augmented else None},
         "sae_options": {"l1": config["l1"], "epochs": config["sae_epochs"]},
-        "progress": show_progress,
+        "progress": (lambda steps, desc: steps) if rank else show_progress,
     }
+    fits = device != "cuda" or splits["train"][0].nbytes < torch.cuda.mem_get_info()[0] / 2
+    train, val, test = ((x.to(device) if fits else x, y.to(device)) for x, y in splits.values())
     finished, state, seeds = saved["finished"], saved["state"], config["seeds"]
-    print(table(finished + (state["rows"] if state else [])), flush=True)
+    if not rank:
+        print(table(finished + (state["rows"] if state else [])), flush=True)
     for seed in seeds[seeds.index(saved["seed"]) :]:
-        torch.manual_seed(seed)
-        trunk, model, _ = mnist_mlp(len(data.names))
-        splits = (data.train, data.val, data.test)
-        train, val, test = ((trunk(images.to(device)), y.to(device)) for images, y in splits)
+        if config["tune"] == "all":
+            _, model, _ = build(config, data.names, seed)
         setting = (model.to(device), config["layer"], train, test)
         for now in saeception(*setting, val=val, seed=seed, state=state, **options):
             state = now
-            save_run(folder, config, finished, seed, state)
-            new = [row for row in state["rows"] if row["cycle"] == state["cycle"]]
-            print(table(new, heading=False), flush=True)
-        if seed == seeds[0]:
+            if not rank:
+                save_run(folder, config, finished, seed, state)
+                new = [row for row in state["rows"] if row["cycle"] == state["cycle"]]
+                print(table(new, heading=False), flush=True)
+        if seed == seeds[0] and not rank:
             draw_run(folder, *setting, data, state)
         finished, state = finished + state["rows"], None
-    print(summary(finished), end="")
-    print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
+    if not rank:
+        print(summary(finished), end="")
+        print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
 
 
 def draw_run(folder: Path, model, layer: str, train, test, data, state: dict) -> None:
     """Both pictures: clusters of the baseline and of each arm, features of the first arm."""
-    panels, arms = {}, list(state["models"])
+    panels, arms, shown = {}, list(state["models"]), balanced(data.test[1], 5000)
     for arm in arms:
         net, sae = restore(model, state, arm)
-        z = sae.encode(activations(net, layer, test[0])[0]).cpu()
+        h = activations(net, layer, test[0])[0]
         score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
-        panels[f"{arm}: silhouette {score:.3f}"] = z
+        panels[f"{arm}: silhouette {score:.3f}"] = sae.encode(h[shown])
         if arm in arms[:2]:  # the baseline is drawn only where there is nothing else
-            h = activations(net, layer, train[0])[0]
-            mean = class_mean(h, train[1], len(data.names), sae.encode).cpu()
+            before = layer_output(net, layer, train[0])
+            mean = class_mean(before, train[1], len(data.names), sae.encode).cpu()
+            z = Rows(len(h), lambda i, h=h, sae=sae: sae.encode(h[i])).kept(math.inf)
             features = draw_features(z, *data.test, mean, data.names)
-    clusters = draw_clusters(panels, data.test[1], data.names)
+    clusters = draw_clusters(panels, data.test[1][shown], data.names)
     write_whole(folder / "clusters.png", lambda file: clusters.save(file, "PNG"))
     write_whole(folder / "features.png", lambda file: features.save(file, "PNG"))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a bad argument, 1 any other error, 130 interrupted."""
-    folder = None
+    folder, local = None, int(os.environ.get("LOCAL_RANK", 0))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         config, folder, saved = parse_arguments(argv)
-        data = load_data(config["dataset"], config["data_dir"], config["limit"])
-        find_layer(mnist_mlp()[1], config["layer"])
+        torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+        if world > 1:
+            if config["device"] == "cuda":
+                torch.cuda.set_device(local)
+            backend = "nccl" if config["device"] == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # a trunk pass is long
+        if local:
+            dist.barrier()  # until the first process of this machine has downloaded everything
+        data = load_data(*(config[k] for k in ("dataset", "data_dir", "limit", "image_size")))
+        parts = build(config, data.names, saved["seed"] if saved else config["seeds"][0])
+        if world > 1 and not local:
+            dist.barrier()
         if saved is None:
             saved = {"finished": [], "seed": config["seeds"][0], "state": None}
             now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # to the millisecond: always a new one
             folder = Path(config["out_dir"]) / f"{config['dataset']}-{now}"
-            folder.mkdir(parents=True)
-        save_run(folder, config, **saved)  # --resume works from here on, and results.json is whole
-        run(config, data, folder, saved)
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_run(folder, config, **saved)  # --resume works from here on; results.json is whole
+        run(config, data, parts, folder, saved)
         return 0
     except KeyboardInterrupt:
         hint = f"; go on with: python saeception.py --resume {folder}" if folder else ""
-        print(f"\ninterrupted{hint}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+        message, status = f"\ninterrupted{hint}", 130
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        status = 2 if isinstance(error, ValueError) else 1
+        reason = str(error).strip().splitlines()[-1]  # the last line of what a worker process says
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            smaller = max(1, config["batch_size"] // 2)
+            reason = f"the GPU has too little memory; try --batch-size {smaller}"
+        elif isinstance(error, RuntimeError) and world > 1:
+            reason = f"another process of this run stopped ({reason[:80]}); start all of them again"
+        elif isinstance(error, RuntimeError):
+            raise
         kept = f"; what is finished is in {folder}" if folder and folder.exists() else ""
-        print(f"saeception.py: error: {error}{kept}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        message = f"saeception.py: error: {reason}{kept}"
+    print(message, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     sys.exit(main())

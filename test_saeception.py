@@ -407,17 +407,17 @@ def test_limit_is_balanced():
 def test_damaged_and_missing_mnist(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(OSError, match="train-images-idx3-ubyte.*--dataset digits"):
-        S.load_mnist(tmp_path / "none", train=True)
+        S.load_torchvision("mnist", tmp_path / "none", train=True)
     raw = write_mnist(tmp_path)
     labels = raw / "t10k-labels-idx1-ubyte"
     labels.write_bytes(struct.pack(">2i", 0x801, 3) + bytes(3))
-    with pytest.raises(OSError, match=r"images \[200, 28, 28\] but 3 labels"):
-        S.load_mnist(tmp_path, train=False)
+    with pytest.raises(OSError, match=r"images \[200, 1, 28, 28\] but 3 labels"):
+        S.load_torchvision("mnist", tmp_path, train=False)
     for size in (0, 5, 20, 500):
         images = raw / "train-images-idx3-ubyte"
         images.write_bytes(images.read_bytes()[:size])
         with pytest.raises(OSError, match="put whole train-images"):
-            S.load_mnist(tmp_path, train=True)
+            S.load_torchvision("mnist", tmp_path, train=True)
 
 
 # === 7. Training ===
