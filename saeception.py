@@ -62,6 +62,8 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 COMMON = dict(cycles=3, top_k=25, aux_loss="mse", sae="l1", weights="auto")
 MLP = COMMON | dict(arch="mlp", image_size=28, tune="all", layer="relu1", batch_size=128, lr=2e-3,
                     d_sae=256, l1=0.1, sae_k=8)
+CONVNEXT = COMMON | dict(arch="convnextv2_large", image_size=384, tune="last", layer="norm",
+                         batch_size=64, aux_weight=0.3, d_sae=6144, l1=1.0, sae_k=32)
 DEFAULTS = {
     "digits": MLP | dict(epochs=20, aux_weight=0.3, sae_epochs=30),
     "mnist": MLP | dict(epochs=8, aux_weight=1.0, sae_epochs=10),
@@ -71,9 +73,8 @@ DEFAULTS = {
     "vit_tiny": COMMON | dict(arch="vit_tiny", image_size=32, tune="all", layer="ln", epochs=3,
                               batch_size=64, lr=1e-3, aux_weight=0.3, d_sae=512, l1=0.3, sae_k=16,
                               sae_epochs=20),
-    "imagenet": COMMON | dict(arch="convnextv2_large", image_size=384, tune="last", layer="norm",
-                              epochs=1, batch_size=64, lr=1e-5, aux_weight=0.3, d_sae=6144, l1=1.0,
-                              sae_k=32, sae_epochs=1),
+    "imagenet": CONVNEXT | dict(epochs=1, lr=1e-4, sae_epochs=1),
+    "folders": CONVNEXT | dict(epochs=20, lr=1e-3, sae_epochs=20),  # other classes, a new head
 }
 ARCHS = {
     "digits": ["mlp"], "mnist": ["mlp"],
@@ -542,16 +543,17 @@ def cifar10_vit(
     if size == 0:
         raise ValueError(f"--image-size {image_size} is less than a patch of {arch}, {patch}")
     weights = "none" if (arch, weights) == ("vit_tiny", "auto") else weights
-    with torch.device("cpu" if weights == "none" else "meta"):  # meta: no time lost on random ones
+    with no_start(weights):
         if arch == "vit_tiny":
             vit = VisionTransformer(size, patch, 4, 4, 128, 512, num_classes=n_classes)
         else:
             vit = torchvision.models.get_model(arch, image_size=size)
     vit.heads = nn.Identity()
     if weights != "none":
-        official = torchvision.models.get_model_weights(arch) if arch != "vit_tiny" else {}
-        best = getattr(official, "IMAGENET1K_SWAG_E2E_V1", None) or official["IMAGENET1K_V1"]
-        state, source = read_weights(weights, best.url)
+        official = [] if arch == "vit_tiny" else torchvision.models.get_model_weights(arch)
+        url = {w.name: w.url for w in official}
+        best = url.get("IMAGENET1K_SWAG_E2E_V1") or url.get("IMAGENET1K_V1", "")
+        state, source = read_weights(weights, best)
         state = {key: value for key, value in state.items() if not key.startswith("heads.")}
         if "encoder.pos_embedding" in state:
             state = interpolate_embeddings(size, patch, state)
@@ -604,7 +606,7 @@ def imagenet_convnext(
              "huge": 352}[size]  # fmt: skip
     dims = [width, 2 * width, 4 * width, 8 * width, None]
     stages = [CNBlockConfig(dims[i], dims[i + 1], n_blocks[i]) for i in range(4)]
-    with torch.device("cpu" if weights == "none" else "meta"):
+    with no_start(weights):
         net = ConvNeXt(stages, block=ConvNeXtV2Block, num_classes=n_classes or 1000)
     if weights != "none":
         kind = "im1k/{}_1k_224_ema" if depth == 6 else "im22k/{}_22k_384_ema"
@@ -635,6 +637,11 @@ def torchvision_name(name: str, value: Tensor) -> tuple[str, Tensor]:
     elif kind in ("norm", "head"):
         name = ".".join(["classifier", "0" if kind == "norm" else "2", *rest])
     return name, value
+
+
+def no_start(weights: str) -> contextlib.AbstractContextManager:
+    """Where weights will be loaded, networks are built without the time that random ones take."""
+    return contextlib.nullcontext() if weights == "none" else torch.device("meta")
 
 
 def read_weights(weights: str, url: str) -> tuple[dict[str, Tensor], Path]:
@@ -672,7 +679,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     try:
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip().split('", ')[0]
+        first = re.split(r'(?<="), ', str(error).splitlines()[1].strip())[0]
         raise ValueError(f"{source} does not fit the network: {first}") from error
 
 
@@ -722,9 +729,10 @@ class Photos:
         return os.path.join(self.root, os.fsdecode(name))
 
     def __getitem__(self, index) -> "Tensor | Photos":
-        return torch.stack([self.decode(self.path(name)) for name in self.names[index]])
+        pixels = np.stack([self.decode(self.path(name)) for name in self.names[index]])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    def decode(self, path: str) -> Tensor:
+    def decode(self, path: str) -> np.ndarray:  # (size, size, 3)
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
@@ -735,8 +743,7 @@ class Photos:
             side = min(width, height) * 7 / 8
             x, y = (width - side) / 2, (height - side) / 2
             box = (x, y, x + side, y + side)
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return np.array(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box))
 
 
 def subset(images, index: Tensor):
@@ -797,6 +804,11 @@ def load_folders(root: str | Path, split: str, size: int) -> tuple[Photos, Tenso
     return Photos(folder, names, size), torch.tensor(data.targets), data.classes
 
 
+def is_imagenet(names: list[str]) -> bool:
+    """Whether these are ImageNet's 1000 folders, which, sorted, are in a checkpoint's order."""
+    return sum(bool(re.fullmatch(r"n\d{8}", name)) for name in names) == 1000
+
+
 def balanced(y: Tensor, limit: int) -> Tensor:
     """Indices, in order, of `limit` examples with as equal numbers per class as there can be."""
     rank = torch.empty_like(y)  # 0 for the first example of its class, 1 for the second, ...
@@ -826,6 +838,9 @@ def load_data(
     else:
         *train, names = load_torchvision(dataset, data_dir, train=True)
         *test, _ = load_torchvision(dataset, data_dir, train=False)
+    if test[1].bincount().max() < 2:
+        print("one test image per class: silhouette, Davies-Bouldin and Calinski-Harabasz are not "
+              "defined and will be nan", file=sys.stderr)  # fmt: skip
     if limit and limit <= len(names):
         raise ValueError(f"--limit {limit}: the metrics need more than one example per class, "
                          f"and there are {len(names)} classes")  # fmt: skip
@@ -898,7 +913,7 @@ def trunk_features(
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 done.append(trunk(batch.to(device, non_blocking=True)).float())
             if index.stop == n or index.stop % block == 0:
-                h = torch.cat(done).cpu().numpy().astype(dtype)
+                h = torch.cat(done).cpu().to(getattr(torch, dtype)).numpy()
                 if not np.isfinite(h).all():
                     raise FloatingPointError(f"features of the trunk are not finite in {dtype}")
                 start, done = (index.stop - 1) // block * block, []
@@ -1313,7 +1328,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     dataset, folder, saved = given.get("dataset", "digits"), given.pop("resume", None), None
     here = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": os.cpu_count()}
     config = here | {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
-    config |= {"limit": None} | DEFAULTS["vit_tiny" if given.get("arch") == "vit_tiny" else dataset]
+    row = "vit_tiny" if given.get("arch") == "vit_tiny" else dataset
+    with contextlib.suppress(OSError):
+        if row == "imagenet" and not is_imagenet(
+            os.listdir(Path(given.get("data_dir", "data"), "train"))
+        ):
+            row = "folders"
+    config |= {"limit": None} | DEFAULTS[row]
     if folder:
         try:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -1351,8 +1372,7 @@ def build(config: dict, names: list[str], seed: int) -> tuple:
     elif arch.startswith("vit"):
         trunk, model, _ = cifar10_vit(arch, config["image_size"], len(names), weights)
     else:
-        # Sorted, ImageNet's 1000 folders are in the order of the checkpoint's classes.
-        keep = len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
+        keep = is_imagenet(names)
         trunk, model, _ = imagenet_convnext(arch, None if keep else len(names), weights)
     if config["tune"] == "all":
         model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
@@ -1378,7 +1398,7 @@ def cached_splits(config: dict, trunk: nn.Module, splits: dict, share: tuple[int
         bar = partial(show_progress, desc=f"trunk, {split} images", size=config["batch_size"])
         options = {"batch_size": config["batch_size"], "workers": config["workers"]}
         options |= {"share": share, "progress": iter if share[0] else bar}
-        done[split] = trunk_features(trunk, images, path, about, dtype, device, **options), y
+        done[split] = trunk_features(trunk, images, path, dtype, device, **options), y
     return done
 
 
@@ -1445,7 +1465,7 @@ def draw_run(folder: Path, model, layer: str, train, test, data, state: dict) ->
         h = activations(net, layer, test[0])[0]
         score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
         panels[f"{arm}: silhouette {score:.3f}"] = sae.encode(h[shown])
-        if arm in arms[:2]:  # the baseline is drawn only where there is nothing else
+        if arm == arms[min(1, len(arms) - 1)]:  # the first behind the baseline
             before = layer_output(net, layer, train[0])
             mean = class_mean(before, train[1], len(data.names), sae.encode).cpu()
             z = Rows(len(h), lambda i, h=h, sae=sae: sae.encode(h[i])).kept(math.inf)

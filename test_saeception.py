@@ -1,14 +1,18 @@
 """Behaviour that users of saeception.py rely on. Makes its own data; needs no network, no GPU."""
 
+import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import struct
 import subprocess
 import sys
 import time
+import urllib.error
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +424,430 @@ def test_damaged_and_missing_mnist(tmp_path, monkeypatch):
             S.load_torchvision("mnist", tmp_path, train=True)
 
 
+# === 5. Models: networks against torchvision's forward and against a plain construction ===
+
+
+def random_images(n, size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def normalized(images):
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (images / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def jiggled(network):
+    """With no parameter at its starting value of zero or one."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return network.eval()
+
+
+def tiny_vit(size):
+    torch.manual_seed(0)
+    vit = torchvision.models.VisionTransformer(size, 4, 4, 4, 128, 512, num_classes=7)
+    return jiggled(vit)
+
+
+def with_head(model, head):
+    """The model with this classifier in place of the new one."""
+    model.head.load_state_dict(head.state_dict())
+    return model.eval()
+
+
+def test_vit_split_is_torchvisions_forward(tmp_path):
+    vit = tiny_vit(32)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    trunk, model, layer = S.cifar10_vit("vit_tiny", 33, 7, str(tmp_path / "vit.pt"))
+    assert (model.head.weight == 0).all()
+    images = random_images(5, 32)
+    x = trunk.eval()(images)
+    assert x.shape == (5, 128)
+    torch.testing.assert_close(with_head(model, vit.heads.head)(x), vit(normalized(images)))
+    with S.capture(vit.encoder.ln) as expected:
+        vit(normalized(images))
+    torch.testing.assert_close(S.activations(model, layer, x)[0], expected.h)
+
+
+def test_vit_at_another_size(tmp_path):
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    vit = tiny_vit(32)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    trunk, model, _ = S.cifar10_vit("vit_tiny", 48, 7, str(tmp_path / "vit.pt"))
+    large = torchvision.models.VisionTransformer(48, 4, 4, 4, 128, 512, num_classes=7).eval()
+    large.load_state_dict(interpolate_embeddings(48, 4, dict(vit.state_dict())))
+    images = random_images(3, 32)
+    resized = nn.functional.interpolate(images / 255, (48, 48), mode="bicubic").clamp(0, 1) * 255
+    torch.testing.assert_close(
+        with_head(model, vit.heads.head)(trunk.eval()(images)), large(normalized(resized))
+    )
+
+
+@pytest.mark.parametrize(
+    "arch, layers, width, patch, official",
+    [("vit_b_32", 12, 768, 32, 86_567_656 - 769_000), ("vit_h_14", 32, 1280, 14, None)],
+)
+def test_vit_sizes(arch, layers, width, patch, official):
+    with torch.device("meta"):
+        trunk, model, _ = S.cifar10_vit(arch, 224, 10, "none")
+    assert len(trunk[1].blocks) == layers - 1 and model.ln.weight.shape == (width,)
+    assert trunk[1].conv_proj.stride == (patch, patch)
+    if official:  # torchvision documents 88,224,232 parameters of vit_b_32 with 1000 classes
+        total = sum(p.numel() for m in (trunk, model) for p in m.parameters())
+        assert total - 10 * (width + 1) == 88_224_232 - 1000 * (width + 1)
+
+
+def official_convnext(width=40, blocks=(2, 2, 6, 2), classes=1000):
+    """A random checkpoint under the official names, and its forward, written down plainly."""
+    torch.manual_seed(0)
+    w, d = {}, [width * 2**i for i in range(4)]
+
+    def new(name, *shape):
+        w[name] = 0.2 * torch.randn(shape)
+
+    for i in range(4):
+        shapes = [(d[0], 3, 4, 4), (d[0],)] if i == 0 else [(d[i - 1],), (d[i], d[i - 1], 2, 2)]
+        for j, shape in enumerate(shapes):
+            new(f"downsample_layers.{i}.{j}.weight", *shape)
+            new(f"downsample_layers.{i}.{j}.bias", shape[0])
+        for j in range(blocks[i]):
+            for name, shape in {
+                "dwconv": (d[i], 1, 7, 7), "norm": (d[i],), "pwconv1": (4 * d[i], d[i]),
+                "pwconv2": (d[i], 4 * d[i]),
+            }.items():  # fmt: skip
+                new(f"stages.{i}.{j}.{name}.weight", *shape)
+                new(f"stages.{i}.{j}.{name}.bias", shape[0])
+            new(f"stages.{i}.{j}.grn.gamma", 1, 1, 1, 4 * d[i])
+            new(f"stages.{i}.{j}.grn.beta", 1, 1, 1, 4 * d[i])
+    new("norm.weight", d[3]), new("norm.bias", d[3])
+    new("head.weight", classes, d[3]), new("head.bias", classes)
+
+    def norm(x, name):  # over the channels of x (B, ..., C)
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def conv(x, name, **how):  # channels last
+        x = nn.functional.conv2d(
+            x.permute(0, 3, 1, 2), w[f"{name}.weight"], w[f"{name}.bias"], **how
+        )
+        return x.permute(0, 2, 3, 1)
+
+    def forward(x):  # (B, 3, H, W)
+        x = x.permute(0, 2, 3, 1)
+        for i in range(4):
+            at = f"downsample_layers.{i}"
+            if i == 0:
+                x = norm(conv(x, f"{at}.0", stride=4), f"{at}.1")
+            else:
+                x = conv(norm(x, f"{at}.0"), f"{at}.1", stride=2)
+            for j in range(blocks[i]):
+                at = f"stages.{i}.{j}"
+                y = norm(conv(x, f"{at}.dwconv", padding=3, groups=d[i]), f"{at}.norm")
+                y = nn.functional.gelu(y @ w[f"{at}.pwconv1.weight"].T + w[f"{at}.pwconv1.bias"])
+                size = y.square().sum((1, 2), keepdim=True).sqrt()
+                response = size / (size.mean(3, keepdim=True) + 1e-6)
+                y = w[f"{at}.grn.gamma"] * (y * response) + w[f"{at}.grn.beta"] + y
+                x = x + y @ w[f"{at}.pwconv2.weight"].T + w[f"{at}.pwconv2.bias"]
+        return norm(x.mean((1, 2)), "norm")
+
+    return w, forward
+
+
+def test_convnext_is_the_official_network(tmp_path):
+    weights, forward = official_convnext()
+    torch.save({"model": weights}, tmp_path / "atto.pt")
+    images = random_images(3, 64)
+    expected = forward(normalized(images))
+    for n_classes in (None, 5):
+        trunk, model, layer = S.imagenet_convnext(
+            "convnextv2_atto", n_classes, str(tmp_path / "atto.pt")
+        )
+        h, logits = S.activations(model, layer, trunk(images).detach())
+        torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-4)
+    trunk, model, _ = S.imagenet_convnext("convnextv2_atto", None, str(tmp_path / "atto.pt"))
+    with torch.no_grad():
+        logits_all = model(trunk(images))
+    torch.testing.assert_close(
+        logits_all, expected @ weights["head.weight"].T + weights["head.bias"], rtol=1e-4, atol=1e-3
+    )
+    assert logits.shape == (3, 5)
+
+
+def test_convnext_sizes():
+    """The counts that timm 1.0.31 gives for its convnextv2_* with 1000 classes."""
+    counts = {
+        "atto": 3_708_400, "femto": 5_233_240, "pico": 9_066_280, "nano": 15_623_800,
+        "tiny": 28_635_496, "base": 88_717_800, "large": 197_956_840, "huge": 660_289_640,
+    }  # fmt: skip
+    for size, expected in counts.items():
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            trunk, model, _ = S.imagenet_convnext(f"convnextv2_{size}", None, "none")
+        assert sum(p.numel() for m in (trunk, model) for p in m.parameters()) == expected, size
+
+
+def test_checkpoint_that_does_not_fit(tmp_path):
+    path = tmp_path / "w.pt"
+    weights, _ = official_convnext()
+
+    def message(**changes):
+        new = {k: v for k, v in (weights | changes).items() if v is not None}
+        torch.save({"model": new}, path)
+        with pytest.raises(ValueError) as caught:
+            S.imagenet_convnext("convnextv2_atto", None, str(path))
+        assert len(str(caught.value).splitlines()) == 1 and str(path) in str(caught.value)
+        return str(caught.value)
+
+    assert "features.0.1.bias" in message(**{"downsample_layers.0.1.bias": None})
+    assert "more.weight" in message(**{"more.weight": torch.zeros(2)})
+    assert "[7]) from checkpoint" in message(**{"norm.bias": torch.zeros(7)})
+    torch.save(tiny_vit(32).state_dict(), path)
+    with pytest.raises(ValueError, match='Missing key.*"features.0.0.weight"'):
+        S.imagenet_convnext("convnextv2_atto", None, str(path))
+    for content in (b"", b"no weights", path.read_bytes()[:5000]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            S.cifar10_vit("vit_tiny", 32, 10, str(path))
+    torch.save({"a": 1}, path)
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        S.cifar10_vit("vit_tiny", 32, 10, str(path))
+
+
+@pytest.mark.parametrize(
+    "build, url",
+    [
+        (lambda: S.cifar10_vit("vit_h_14"),
+         "https://download.pytorch.org/models/vit_h_14_swag-80465313.pth"),
+        (lambda: S.imagenet_convnext("convnextv2_large"), "https://dl.fbaipublicfiles.com/convnext/"
+         "convnextv2/im22k/convnextv2_large_22k_384_ema.pt"),
+        (lambda: S.imagenet_convnext("convnextv2_atto"), "https://dl.fbaipublicfiles.com/convnext/"
+         "convnextv2/im1k/convnextv2_atto_1k_224_ema.pt"),
+    ],
+)  # fmt: skip
+def test_weights_come_from_their_official_place(build, url, tmp_path, monkeypatch):
+    asked = []
+
+    def no_network(url, *args, **kwargs):
+        asked.append(url)
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(OSError, match="--weights PATH") as caught:
+        build()
+    message = str(caught.value)
+    assert asked == [url] and url in message and len(message.splitlines()) == 1
+    assert str(tmp_path / "checkpoints" / url.rpartition("/")[2]) in message
+
+
+# === 6. CIFAR-10, photos in folders, cached features ===
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A folder with rendered digits in colour as the pickle files of CIFAR-10, with their md5."""
+    folder = tmp_path / "cifar" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    images, y = S.render_digits(360)
+    colour = torch.linspace(0.2, 1, 30).view(10, 3)[y][:, :, None, None]
+    images = (nn.functional.pad(images, [2] * 4) * colour).byte()
+    files = {f"data_batch_{i}": slice(40 * i - 40, 40 * i) for i in range(1, 6)}
+    content = {
+        name: {"data": images[part].flatten(1).numpy(), "labels": y[part].tolist()}
+        for name, part in (files | {"test_batch": slice(200, 360)}).items()
+    }
+    content["batches.meta"] = {"label_names": [f"name{i}" for i in range(10)]}
+    md5 = {}
+    for name, value in content.items():
+        (folder / name).write_bytes(pickle.dumps(value))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    kind = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [[name, md5[name]] for name in files])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5["batches.meta"]})
+    return folder.parent
+
+
+def test_cifar_files_are_read(cifar, monkeypatch):
+    data = S.load_data("cifar10", cifar)
+    assert [len(y) for _, y in (data.train, data.val, data.test)] == [180, 20, 160]
+    assert data.names[3] == "name3" and data.train[0].shape == (180, 3, 32, 32)
+    images, y = S.render_digits(360)
+    assert torch.equal(data.test[1], y[200:])
+    red = data.test[0][:, 0, 2:-2, 2:-2].float()
+    assert torch.allclose(red, (images[200:, 0] * (0.2 + 0.8 * 3 * y[200:] / 29)[:, None, None]),
+                          atol=1)  # fmt: skip
+    (cifar / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"damaged")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(OSError, match="cifar-10-python.tar.gz into .*--dataset digits") as caught:
+        S.load_data("cifar10", cifar)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def write_photos(root, classes=("cat", "dog"), n=12, seed=0):
+    """Photos of one colour per class and brightness per image, in train and val, of many kinds."""
+    generator = np.random.default_rng(seed)
+    kinds = ["a.JPEG", "b.png", "c.bmp", "d.jpg", "e.webp", "f.PNG"]
+    for split in ("train", "val"):
+        for c, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = generator.integers(0, 60, (40 + i, 50, 3), dtype=np.uint8)
+                pixels[..., c % 3] += np.uint8(100 + 8 * (i % 12))
+                image = Image.fromarray(pixels)
+                if i == 3:
+                    image = image.convert("CMYK")
+                if i == 1:
+                    image = image.convert("P")
+                image.save(root / split / name / f"{i:02}{kinds[i % 6]}")
+            (root / split / name / "notes.txt").write_text("no image")
+    return root
+
+
+def test_photos_are_decoded_cropped_and_named(tmp_path):
+    write_photos(tmp_path)
+    data = S.load_data("imagenet", tmp_path, image_size=32)
+    assert data.names == ["cat", "dog"]
+    assert [len(y) for _, y in (data.train, data.val, data.test)] == [22, 2, 24]
+    for photos, y in (data.train, data.val, data.test):
+        images = photos[:]
+        assert images.shape == (len(y), 3, 32, 32) and images.dtype == torch.uint8
+        assert torch.equal(images.float().mean((2, 3)).argmax(1), y)
+    some = torch.tensor([20, 3])
+    assert torch.equal(data.test[0][some], data.test[0][:][some])
+    # A white frame, a 16th on each side, is cut off below 384 pixels, and not from there on.
+    frame = np.full((160, 160, 3), 255, np.uint8)
+    frame[10:-10, 10:-10] = 0
+    Image.fromarray(frame).save(tmp_path / "frame.png")
+    cut, whole = (S.Photos(str(tmp_path), ["frame.png"], size)[:] for size in (70, 384))
+    assert cut.max() < 60 and whole.max() == 255
+    bad = tmp_path / "train" / "dog" / "00a.JPEG"
+    bad.write_bytes(bad.read_bytes()[:300])
+    with pytest.raises(OSError, match="cannot read the image .*00a.JPEG"):
+        S.load_data("imagenet", tmp_path, image_size=32).train[0][:]
+    (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
+    with pytest.raises(ValueError, match="only one of train and val has a class dog"):
+        S.load_data("imagenet", tmp_path)
+
+
+def test_an_unreadable_photo_stops_the_run_in_one_line(tmp_path, capsys):
+    write_photos(tmp_path / "data")
+    bad = tmp_path / "data" / "val" / "dog" / "07b.png"
+    bad.write_bytes(b"not an image")
+    for workers in (0, 2):
+        status, _, err, _ = run(
+            capsys, tmp_path, *PHOTOS, "--data-dir", tmp_path / "data", "--workers", workers
+        )
+        last = err.strip().splitlines()[-1]
+        assert status == 1 and f"cannot read the image {bad}" in last and "Traceback" not in err
+
+
+PHOTOS = """--dataset imagenet --arch convnextv2_atto --weights none --image-size 32 --cycles 1
+    --epochs 2 --sae-epochs 2 --d-sae 64 --workers 0""".split()
+
+
+class Trunk(nn.Module):
+    """A small trunk that counts the images that it sees, and can stop at one of its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.pixels = nn.Linear(48, 5), S.Pixels()
+        self.seen, self.stop = 0, None
+
+    def forward(self, images):
+        self.seen += len(images)
+        if self.stop is not None and self.seen > self.stop:
+            raise KeyboardInterrupt
+        return self.linear(self.pixels(images).flatten(1))
+
+
+def test_cached_features(tmp_path, capsys):
+    torch.manual_seed(0)
+    images, trunk, path = random_images(1100, 4), Trunk(), tmp_path / "deep" / "f.npy"
+    x = S.trunk_features(trunk, images, path).clone()  # the file is about to be damaged
+    with torch.no_grad():
+        torch.testing.assert_close(x, trunk.linear(images.flatten(1) / 255))
+    whole, trunk.seen = path.read_bytes(), 0
+    assert torch.equal(S.trunk_features(trunk, images, path), x) and trunk.seen == 0
+    np.testing.assert_array_equal(np.load(path), x)
+    assert capsys.readouterr().err == ""
+    for start in (0, 300, 1099):  # a damaged block, and only that, is made again
+        data = bytearray(whole)
+        data[-(1100 - start) * 20] ^= 1
+        path.write_bytes(data)
+        trunk.seen = 0
+        assert torch.equal(S.trunk_features(trunk, images, path), x)
+        assert trunk.seen == (76 if start == 1099 else 256) and path.read_bytes() == whole
+        assert "damaged" in capsys.readouterr().err
+    for data in (whole[:-9], b"foreign", b""):
+        path.write_bytes(data)
+        assert torch.equal(S.trunk_features(trunk, images, path), x) and path.read_bytes() == whole
+        assert "made again" in capsys.readouterr().err
+    half = S.trunk_features(trunk, images, tmp_path / "half.npy", dtype="float16")
+    assert half.dtype == torch.float16 and torch.allclose(half.float(), x, atol=2e-3)
+    with pytest.raises(FloatingPointError, match="not finite in float16"):
+        trunk.linear.bias.data += 1e6
+        S.trunk_features(trunk, images, tmp_path / "inf.npy", dtype="float16")
+
+
+def test_interrupted_and_shared_trunk_pass(tmp_path):
+    torch.manual_seed(0)
+    images, trunk = random_images(1100, 4), Trunk()
+    whole = S.trunk_features(trunk, images, tmp_path / "whole.npy")
+    path = tmp_path / "f.npy"
+    for stop in (100, 300, 700):
+        trunk.seen, trunk.stop = 0, stop
+        with pytest.raises(KeyboardInterrupt):
+            S.trunk_features(trunk, images, path)
+    trunk.seen, trunk.stop = 0, None
+    x = S.trunk_features(trunk, images, path)
+    assert trunk.seen == 1100 - 3 * 256 and torch.equal(x, whole)
+    assert path.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    path = tmp_path / "shared.npy"
+    for rank in (1, 0):
+        trunk.seen = 0
+        S.trunk_features(trunk, images, path, share=(rank, 2))
+        assert trunk.seen == (1 if rank else 0) + (512 if rank else 588)
+    trunk.seen = 0
+    assert torch.equal(S.trunk_features(trunk, images, path), whole) and trunk.seen == 0
+
+
+def test_a_full_disk_during_the_trunk_pass(tmp_path, monkeypatch):
+    def full(path, place, data):
+        raise OSError(f"cannot write {path} (No space left on device): make room, start again")
+
+    monkeypatch.setattr(S, "write_at", full)
+    with pytest.raises(OSError, match="make room"):
+        S.trunk_features(Trunk(), random_images(9, 4), tmp_path / "f.npy")
+
+
+def test_what_is_too_large_for_memory_is_read_in_rows(monkeypatch):
+    data, model = blobs(700), small_net()
+    S.fit(model, "1", *data, epochs=5)
+    arms = ["sae-ception", "control", "class-mean"]
+    rules = {name: S.arm_rules(4, 4)[name] for name in arms}
+    expected = final(model, "1", data, data, **options(arms=rules))["rows"]
+    kept = S.Rows.kept
+    monkeypatch.setattr(
+        S.Rows, "kept", lambda rows, max_bytes=0: kept(rows, max_bytes and math.inf)
+    )
+    h = S.layer_output(model, "1", data[0])
+    assert isinstance(h, S.Rows) and isinstance(S.sharpened_targets(
+        S.train_sae(h, 9, epochs=1), h, data[1], 4, 4), S.Rows)  # fmt: skip
+    half = data[0].half(), data[1]
+    for rows, tolerance in (
+        (final(model, "1", data, data, **options(arms=rules))["rows"], 1e-4),
+        (final(model, "1", half, data, **options(arms=rules))["rows"], 5e-2),
+    ):
+        for row, other in zip(rows, expected, strict=True):
+            assert row["arm"] == other["arm"]
+            for key in ("accuracy", "silhouette", "h_silhouette"):
+                assert row[key] == pytest.approx(other[key], abs=tolerance)
+
+
 # === 7. Training ===
 
 
@@ -712,8 +1140,16 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     [
         ("--aux-loss huber", 2, "'huber'"),
         ("--dataset cifar100", 2, "'cifar100'"),
-        ("--dataset cifar10", 2, "cifar10 arrives next"),
-        ("--dataset imagenet", 2, "imagenet arrives next"),
+        ("--dataset imagenet --data-dir nosuch", 1, "no images in nosuch/train/<class>/"),
+        ("--dataset imagenet --tune all", 2, "--tune all keeps all images in memory"),
+        ("--dataset cifar10 --arch convnextv2_atto", 2, "is not for --dataset cifar10; choose vit"),
+        ("--weights nosuch.pt --dataset cifar10 --data-dir DATA", 2, "there is no such file"),
+        ("--dataset cifar10 --data-dir DATA --weights none --image-size 13", 2, "a patch of"),
+        (
+            "--dataset cifar10 --data-dir DATA --arch vit_tiny --layer trunk.1.last_attention",
+            2,
+            "the output of MultiheadAttention is none of",
+        ),
         ("--nosuch 1", 2, "--nosuch"),
         ("--cycles -1", 2, "-1 is not a whole number from 0 up"),
         ("--lr nan", 2, "nan is not a number"),
@@ -721,14 +1157,14 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         ("--top-k 0", 2, "0 is not a whole number from 1 up"),
         ("--top-k 257", 2, "--top-k 257 is over the number of features, 256"),
         ("--sae topk --sae-k 300", 2, "--sae-k 300"),
-        ("--layer nosuch", 2, "the layers are flatten, fc1, relu1, fc2, relu2, head"),
+        ("--layer nosuch", 2, "the layers are trunk, flatten, fc1, relu1, fc2, relu2, head"),
         ("--limit 10", 2, "--limit 10"),
         ("--resume .", 2, "no run folder"),
         ("--lr 1e9 --limit 5000", 1, "cycle 0 baseline: the loss diverged in epoch"),
     ],
 )
-def test_bad_input_gets_one_line(arguments, status, message, tmp_path, capsys):
-    got, out, err, _ = run(capsys, tmp_path, *arguments.split())
+def test_bad_input_gets_one_line(arguments, status, message, tmp_path, capsys, cifar):
+    got, out, err, _ = run(capsys, tmp_path, *arguments.replace("DATA", str(cifar)).split())
     assert got == status and message in err and len(err.strip().splitlines()) == 1, err
     assert err.startswith(("saeception.py: error: ", "__main__.py: error: ", "pytest: error: "))
 
