@@ -537,13 +537,14 @@ def cifar10_vit(
     weights: str = "auto",  # torchvision's (SWAG E2E where there are any), "none", or a path
 ) -> tuple[nn.Module, nn.Module, str]:
     """A ViT (Dosovitskiy et al. 2021) with a new head, split so that model(trunk(images)) is the
-    whole network; its layer is the final LayerNorm. Raises what `read_weights` raises."""
+    whole network; its layer is the final LayerNorm. Raises what `load_weights` raises."""
     patch = 4 if arch == "vit_tiny" else int(arch[-2:])
     size = image_size // patch * patch
     if size == 0:
         raise ValueError(f"--image-size {image_size} is less than a patch of {arch}, {patch}")
     weights = "none" if (arch, weights) == ("vit_tiny", "auto") else weights
-    with no_start(weights):
+    # On "meta", where weights will be loaded: no time is lost on random ones.
+    with contextlib.nullcontext() if weights == "none" else torch.device("meta"):
         if arch == "vit_tiny":
             vit = VisionTransformer(size, patch, 4, 4, 128, 512, num_classes=n_classes)
         else:
@@ -551,13 +552,15 @@ def cifar10_vit(
     vit.heads = nn.Identity()
     if weights != "none":
         official = [] if arch == "vit_tiny" else torchvision.models.get_model_weights(arch)
-        url = {w.name: w.url for w in official}
-        best = url.get("IMAGENET1K_SWAG_E2E_V1") or url.get("IMAGENET1K_V1", "")
-        state, source = read_weights(weights, best)
-        state = {key: value for key, value in state.items() if not key.startswith("heads.")}
-        if "encoder.pos_embedding" in state:
-            state = interpolate_embeddings(size, patch, state)
-        fill(vit, state, source)
+        urls = {w.name: w.url for w in official}
+        url = urls.get("IMAGENET1K_SWAG_E2E_V1") or urls.get("IMAGENET1K_V1", "")
+
+        def translate(state):  # without its head, for this image size
+            state = {key: value for key, value in state.items() if not key.startswith("heads.")}
+            known = "encoder.pos_embedding" in state
+            return interpolate_embeddings(size, patch, state) if known else state
+
+        load_weights(vit, weights, url, translate)
     last, head = vit.encoder.layers[-1], nn.Linear(vit.hidden_dim, n_classes)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     layers = {"mlp": ResidualMLP(last.ln_2, last.mlp), "ln": vit.encoder.ln, "head": head}
@@ -598,7 +601,7 @@ def imagenet_convnext(
     weights: str = "auto",  # the official ones (licence CC-BY-NC), "none", or a path to them
 ) -> tuple[nn.Module, nn.Module, str]:
     """ConvNeXt V2 (Woo et al. 2023): the trunk ends with the pooling, the model is LayerNorm and
-    linear, its layer the LayerNorm. Raises what `read_weights` raises."""
+    linear, its layer the LayerNorm. Raises what `load_weights` raises."""
     size = arch.removeprefix("convnextv2_")
     depth = {"nano": 8, "tiny": 9, "base": 27, "large": 27, "huge": 27}.get(size, 6)
     n_blocks = (3, 3, depth, 3) if depth % 9 == 0 else (2, 2, depth, 2)
@@ -606,17 +609,21 @@ def imagenet_convnext(
              "huge": 352}[size]  # fmt: skip
     dims = [width, 2 * width, 4 * width, 8 * width, None]
     stages = [CNBlockConfig(dims[i], dims[i + 1], n_blocks[i]) for i in range(4)]
-    with no_start(weights):
+    with contextlib.nullcontext() if weights == "none" else torch.device("meta"):
         net = ConvNeXt(stages, block=ConvNeXtV2Block, num_classes=n_classes or 1000)
     if weights != "none":
         kind = "im1k/{}_1k_224_ema" if depth == 6 else "im22k/{}_22k_384_ema"
         url = "https://dl.fbaipublicfiles.com/convnext/convnextv2/" + kind.format(arch) + ".pt"
-        state, source = read_weights(weights, url)
-        state = dict(torchvision_name(*item) for item in state.items())
+        new = {}
         if n_classes:
             net.classifier[2] = nn.Linear(dims[3], n_classes)
-            state |= {f"classifier.2.{k}": v for k, v in net.classifier[2].state_dict().items()}
-        fill(net, state, source)
+            new = {f"classifier.2.{key}": v for key, v in net.classifier[2].state_dict().items()}
+        load_weights(
+            net,
+            weights,
+            url,
+            lambda state: dict(map(torchvision_name, *zip(*state.items(), strict=True))) | new,
+        )
     net = net.to(memory_format=torch.channels_last)
     norm = nn.LayerNorm(dims[3], eps=1e-6)  # torchvision's, which wants maps, on vectors
     norm.load_state_dict(net.classifier[0].state_dict())
@@ -639,48 +646,39 @@ def torchvision_name(name: str, value: Tensor) -> tuple[str, Tensor]:
     return name, value
 
 
-def no_start(weights: str) -> contextlib.AbstractContextManager:
-    """Where weights will be loaded, networks are built without the time that random ones take."""
-    return contextlib.nullcontext() if weights == "none" else torch.device("meta")
-
-
-def read_weights(weights: str, url: str) -> tuple[dict[str, Tensor], Path]:
-    """The state dict in the file `weights`, or, for "auto", in the one at `url`, which torch.hub
-    keeps; and the file's path. Raises OSError if it cannot be downloaded, ValueError if it is no
-    checkpoint."""
+def load_weights(net: nn.Module, weights: str, url: str, translate: Callable) -> None:
+    """Fill `net` from the file `weights`, or, for "auto", from the one at `url`, which torch.hub
+    keeps. `translate` makes a state dict of `net` from the file's. Raises OSError if it cannot be
+    downloaded, ValueError, with the first key or shape that does not fit, if it cannot be used."""
     path = Path(weights)
-    if weights == "auto":
-        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     try:
-        if weights == "auto" and not path.exists():
+        if weights == "auto":
+            path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
             path.parent.mkdir(parents=True, exist_ok=True)
-            digest = re.search(r"-([0-9a-f]{8})\.", path.name)
-            torch.hub.download_url_to_file(
-                url, str(path), digest and digest[1], progress=sys.stderr.isatty()
-            )
+        if weights == "auto" and not path.exists():
+            digest = re.search(r"-([0-9a-f]{8})\.", path.name)  # torchvision's names have one
+            live = sys.stderr.isatty()
+            torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=live)
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot download {url} ({error}): put the file at {path}, or name it with "
                       "--weights PATH; --weights none does without") from error  # fmt: skip
     try:
         # Memory-mapped: a cached trunk pass needs a few layers of the 2.5 GB of a ViT-H only.
         state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        state = state.get("model", state)
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("its entries are not tensors")
-    except FileNotFoundError:
-        raise ValueError(f"--weights {weights}: there is no such file") from None
-    except (OSError, RuntimeError, EOFError, AttributeError, TypeError, pickle.PickleError) as e:
-        raise ValueError(f"{path} is no checkpoint of weights ({type(e).__name__})") from e
-    return state, path
-
-
-def fill(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load; ValueError with the first key or shape that does not fit."""
-    try:
-        module.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        first = re.split(r'(?<="), ', str(error).splitlines()[1].strip())[0]
-        raise ValueError(f"{source} does not fit the network: {first}") from error
+        net.load_state_dict(translate(state.get("model", state)), assign=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"--weights {weights}: there is no such file") from error
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        pickle.PickleError,
+    ) as error:
+        _, *details = str(error).splitlines() or [""]  # what does not fit is on lines of its own
+        reason = re.split(r'(?<="), ', details[0].strip())[0] if details else type(error).__name__
+        raise ValueError(f"{path} is no checkpoint of this network: {reason}") from error
 
 
 # === 6. Data ======================================================================================
@@ -725,11 +723,11 @@ class Photos:
     def __len__(self) -> int:
         return len(self.names)
 
-    def path(self, name: bytes) -> str:
-        return os.path.join(self.root, os.fsdecode(name))
+    def paths(self, index=slice(None)) -> Iterator[str]:
+        return (os.path.join(self.root, os.fsdecode(name)) for name in self.names[index])
 
-    def __getitem__(self, index) -> "Tensor | Photos":
-        pixels = np.stack([self.decode(self.path(name)) for name in self.names[index]])
+    def __getitem__(self, index) -> Tensor:
+        pixels = np.stack([self.decode(path) for path in self.paths(index)])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def decode(self, path: str) -> np.ndarray:  # (size, size, 3)
@@ -759,11 +757,9 @@ def fingerprint(images: "Tensor | Photos") -> int:
     """A checksum of the pixels, or of the names, sizes and times of change of the files."""
     if isinstance(images, Tensor):
         return zlib.crc32(images.contiguous().numpy())
-    checksum = 0
-    for name in images.names:
-        status = os.stat(images.path(name))
-        text = b"%s %d %d" % (name, status.st_size, status.st_mtime_ns)
-        checksum = zlib.crc32(text, checksum)
+    checksum = zlib.crc32(images.names.tobytes())
+    for status in map(os.stat, images.paths()):
+        checksum = zlib.crc32(b"%d %d" % (status.st_size, status.st_mtime_ns), checksum)
     return checksum
 
 
@@ -838,14 +834,11 @@ def load_data(
     else:
         *train, names = load_torchvision(dataset, data_dir, train=True)
         *test, _ = load_torchvision(dataset, data_dir, train=False)
-    if test[1].bincount().max() < 2:
-        print("one test image per class: silhouette, Davies-Bouldin and Calinski-Harabasz are not "
-              "defined and will be nan", file=sys.stderr)  # fmt: skip
     if limit and limit <= len(names):
         raise ValueError(f"--limit {limit}: the metrics need more than one example per class, "
                          f"and there are {len(names)} classes")  # fmt: skip
     n = len(train[1])
-    n_val = n // 6 if dataset in ("digits", "mnist") else min(25_000, n // 10)
+    n_val = n // 6 if dataset in ("digits", "mnist") else min(25_000, max(1, n // 10))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     parts = [(*train, order[n_val:]), (*train, order[:n_val]), (*test, torch.arange(len(test[1])))]
     cut = []
@@ -1095,11 +1088,10 @@ def saeception(
             same = {"seed": 1000 * seed + cycle}  # in every arm
             net, targets = copy.deepcopy(model), None
             if cycle > 0:
+                # The targets may be read from `before` while its copy is trained.
                 before, sae = restore(model, state, arm if cycle > 1 else "baseline")
                 targets = rule(sae, layer_output(before, layer, x), y) if rule else None
-                net = copy.deepcopy(
-                    before
-                )  # large targets are made from `before` when they are read
+                net = copy.deepcopy(before)
             try:
                 if cycle > 0 or not pretrained:
                     options = (fit_options or {}) | same | {"progress": bars[0]}
@@ -1218,9 +1210,7 @@ def write_whole(path: Path, write: Callable) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
         reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(
-            f"cannot write {path} ({reason}): make room and start again, or --resume"
-        ) from error
+        raise OSError(f"cannot write {path} ({reason}): make room, then use --resume") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -1269,6 +1259,11 @@ def show_progress(steps, desc: str, size: int = 1) -> Iterator:
 
 # === 10. Command line =============================================================================
 
+# Set by torchrun. With --tune last each process makes its share of the trunk's features; rank 0
+# does all the rest, which is small. With --tune all each process does everything, but its share of
+# every batch in `fit`. Rank 0 alone prints and writes.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | None]:
     """The settings, and with --resume the folder of the run and its checkpoint."""
@@ -1281,7 +1276,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
         raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low} up")
 
     def error(message):  # one line, where argparse would print its usage first
-        parser.exit(2, f"{parser.prog}: error: {message}\n")
+        parser.exit(2, None if RANK else f"{parser.prog}: error: {message}\n")
 
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
@@ -1328,12 +1323,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     dataset, folder, saved = given.get("dataset", "digits"), given.pop("resume", None), None
     here = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": os.cpu_count()}
     config = here | {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
-    row = "vit_tiny" if given.get("arch") == "vit_tiny" else dataset
-    with contextlib.suppress(OSError):
-        if row == "imagenet" and not is_imagenet(
-            os.listdir(Path(given.get("data_dir", "data"), "train"))
-        ):
-            row = "folders"
+    row, train = dataset, Path(given.get("data_dir", "data"), "train")
+    if given.get("arch") == "vit_tiny":
+        row = "vit_tiny"
+    elif row == "imagenet" and train.is_dir() and not is_imagenet(os.listdir(train)):
+        row = "folders"
     config |= {"limit": None} | DEFAULTS[row]
     if folder:
         try:
@@ -1405,18 +1399,14 @@ def cached_splits(config: dict, trunk: nn.Module, splits: dict, share: tuple[int
 def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: dict) -> None:
     """Every seed, from where `saved` stands: prints the table, fills the folder."""
     trunk, model, pretrained = parts
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     splits = {"train": data.train, "val": data.val, "test": data.test}
     if config["tune"] == "last":
-        # Each process makes its share of the features. Rank 0 joins them and does all the rest,
-        # which is small. With --tune all, each process does everything, on its share of the batches
-        # in `fit`; rank 0 alone prints and writes.
         images = splits
-        if world > 1:
-            cached_splits(config, trunk, images, (rank, world))
+        if WORLD > 1:
+            cached_splits(config, trunk, images, (RANK, WORLD))
             dist.barrier()
             dist.destroy_process_group()
-        if rank:
+        if RANK:
             return
         splits = cached_splits(config, trunk, images, (0, 1))
     del trunk
@@ -1432,27 +1422,30 @@ def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: 
         "pretrained": pretrained,
         "fit_options": fit_options | {"augment": flip_and_shift if augmented else None},
         "sae_options": {"l1": config["l1"], "epochs": config["sae_epochs"]},
-        "progress": (lambda steps, desc: steps) if rank else show_progress,
+        "progress": (lambda steps, desc: steps) if RANK else show_progress,
     }
     fits = device != "cuda" or splits["train"][0].nbytes < torch.cuda.mem_get_info()[0] / 2
     train, val, test = ((x.to(device) if fits else x, y.to(device)) for x, y in splits.values())
     finished, state, seeds = saved["finished"], saved["state"], config["seeds"]
-    if not rank:
+    if not RANK:
         print(table(finished + (state["rows"] if state else [])), flush=True)
+        if test[1].bincount().max() < 2:
+            print("one test image per class: silhouette and other metrics are not defined, nan",
+                  file=sys.stderr)  # fmt: skip
     for seed in seeds[seeds.index(saved["seed"]) :]:
         if config["tune"] == "all":
             _, model, _ = build(config, data.names, seed)
         setting = (model.to(device), config["layer"], train, test)
         for now in saeception(*setting, val=val, seed=seed, state=state, **options):
             state = now
-            if not rank:
+            if not RANK:
                 save_run(folder, config, finished, seed, state)
                 new = [row for row in state["rows"] if row["cycle"] == state["cycle"]]
                 print(table(new, heading=False), flush=True)
-        if seed == seeds[0] and not rank:
+        if seed == seeds[0] and not RANK:
             draw_run(folder, *setting, data, state)
         finished, state = finished + state["rows"], None
-    if not rank:
+    if not RANK:
         print(summary(finished), end="")
         print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
 
@@ -1478,11 +1471,10 @@ def draw_run(folder: Path, model, layer: str, train, test, data, state: dict) ->
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a bad argument, 1 any other error, 130 interrupted."""
     folder, local = None, int(os.environ.get("LOCAL_RANK", 0))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         config, folder, saved = parse_arguments(argv)
         torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
-        if world > 1:
+        if WORLD > 1:
             if config["device"] == "cuda":
                 torch.cuda.set_device(local)
             backend = "nccl" if config["device"] == "cuda" else "gloo"
@@ -1491,19 +1483,20 @@ def main(argv: list[str] | None = None) -> int:
             dist.barrier()  # until the first process of this machine has downloaded everything
         data = load_data(*(config[k] for k in ("dataset", "data_dir", "limit", "image_size")))
         parts = build(config, data.names, saved["seed"] if saved else config["seeds"][0])
-        if world > 1 and not local:
+        if WORLD > 1 and not local:
             dist.barrier()
         if saved is None:
             saved = {"finished": [], "seed": config["seeds"][0], "state": None}
             now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # to the millisecond: always a new one
             folder = Path(config["out_dir"]) / f"{config['dataset']}-{now}"
-        if rank == 0:
+        if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_run(folder, config, **saved)  # --resume works from here on; results.json is whole
         run(config, data, parts, folder, saved)
         return 0
     except KeyboardInterrupt:
-        hint = f"; go on with: python saeception.py --resume {folder}" if folder else ""
+        saved = folder and folder.exists()
+        hint = f"; go on with: python saeception.py --resume {folder}" if saved else ""
         message, status = f"\ninterrupted{hint}", 130
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         status = 2 if isinstance(error, ValueError) else 1
@@ -1511,13 +1504,14 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             smaller = max(1, config["batch_size"] // 2)
             reason = f"the GPU has too little memory; try --batch-size {smaller}"
-        elif isinstance(error, RuntimeError) and world > 1:
+        elif isinstance(error, RuntimeError) and WORLD > 1:
             reason = f"another process of this run stopped ({reason[:80]}); start all of them again"
         elif isinstance(error, RuntimeError):
             raise
         kept = f"; what is finished is in {folder}" if folder and folder.exists() else ""
         message = f"saeception.py: error: {reason}{kept}"
-    print(message, file=sys.stderr)
+    if not RANK or status == 1:  # a bad argument is the same for all
+        print(message, file=sys.stderr)
     return status
 
 

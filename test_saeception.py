@@ -1,5 +1,6 @@
 """Behaviour that users of saeception.py rely on. Makes its own data; needs no network, no GPU."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -897,6 +898,43 @@ def test_fit_learns_and_names_the_epoch_of_a_divergence():
         S.fit(small_net(), "1", x * torch.nan, y, epochs=2)
 
 
+def test_flip_and_shift():
+    images = random_images(200, 6)
+    moved = S.flip_and_shift(images, torch.Generator().manual_seed(0), most=2)
+    padded = nn.functional.pad(images, [2] * 4)
+    found = set()
+    for image, result in zip(padded, moved, strict=True):
+        places = [
+            (y, x, flip)
+            for y in range(5) for x in range(5) for flip in (False, True)
+            if torch.equal(result, (lambda part, flip=flip: part.flip(2) if flip else part)(
+                image[:, y : y + 6, x : x + 6]))
+        ]  # fmt: skip
+        assert len(places) == 1  # each image moved as a whole, by a step of its own
+        found.add(places[0])
+    assert len(found) > 40
+    again = S.flip_and_shift(images, torch.Generator().manual_seed(0), most=2)
+    assert torch.equal(again, moved)
+
+
+def test_augmented_inputs_meet_the_targets_of_the_clean_ones():
+    x, y = blobs(64)
+    targets, seen = torch.rand(64, 8), []
+
+    def augment(batch, generator):
+        seen.append(batch)
+        return batch + 1
+
+    model, plain = small_net(), small_net()
+    S.fit(model, "1", x, y, targets, 0.7, batch_size=64, augment=augment)
+    assert len(seen) == 1 and torch.equal(seen[0].sort(0).values, x.sort(0).values)
+    h = plain[:2](x + 1)
+    variance = plain[:2](x).detach().var(0).mean()
+    loss = nn.functional.cross_entropy(plain(x + 1), y)
+    (loss + 0.7 * ((h - targets) ** 2).mean() / variance).backward()
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad, rtol=1e-4, atol=1e-6)
+
+
 # === 8. Cycles ===
 
 
@@ -1123,6 +1161,178 @@ def test_killed_and_resumed(tmp_path, capsys):
     for name in ("clusters.png", "features.png"):
         with Image.open(folder / name) as a, Image.open(whole[3] / name) as b:
             assert a.size == b.size
+
+
+VIT = """--dataset cifar10 --arch vit_tiny --cycles 1 --epochs 2 --sae-epochs 2 --d-sae 64
+    --batch-size 40""".split()
+
+
+def test_vit_on_cifar_end_to_end(cifar, tmp_path, capsys):
+    flags = [*VIT, "--data-dir", cifar, "--layer", "trunk.1.blocks.1"]
+    status, out, err, folder = run(capsys, tmp_path / "runs", *flags)
+    assert status == 0 and "trunk, " not in err  # --tune all is the default here
+    assert [row["arm"] for row in rows_of(folder)] == ["baseline", "sae-ception", "control"]
+    assert not (cifar / "features").exists()
+    with Image.open(folder / "features.png") as image:
+        assert image.width > 900
+    assert rows_of(run(capsys, tmp_path / "runs", *flags)[3]) == rows_of(folder)
+
+
+def test_cached_trunk_serves_other_settings(cifar, tmp_path, capsys):
+    flags = [*VIT, "--data-dir", cifar, "--tune", "last", "--cache-dir", tmp_path / "cache"]
+    status, _, err, folder = run(capsys, tmp_path / "runs", *flags)
+    assert status == 0 and err.count("trunk, ") == 3
+    files = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    assert [name.split("-")[:3] for name in files[::2]] == [
+        ["cifar10", "vit_tiny", split] for split in ("test", "train", "val")
+    ]
+    x = np.load(next((tmp_path / "cache").glob("*train*.npy")), mmap_mode="r")
+    assert x.shape == (180, 128) and x.dtype == np.float32
+    status, _, err, other = run(capsys, tmp_path / "runs", *flags, "--aux-weight", 9)
+    assert status == 0 and "trunk, " not in err
+    assert rows_of(other)[0] == rows_of(folder)[0] and rows_of(other)[2] == rows_of(folder)[2]
+    assert rows_of(other)[1] != rows_of(folder)[1]
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == files
+    # Several seeds share the features; another image size or other weights do not.
+    status, _, err, both = run(capsys, tmp_path / "runs", *flags, "--seeds", 1, 0)
+    assert status == 0 and "trunk, " not in err and rows_of(both)[3:] == rows_of(folder)
+    assert run(capsys, tmp_path / "runs", *flags, "--image-size", 16)[2].count("trunk, ") == 3
+    torch.save(tiny_vit(32).state_dict(), tmp_path / "w.pt")
+    weights = ["--weights", tmp_path / "w.pt"]
+    assert run(capsys, tmp_path / "runs", *flags, *weights)[2].count("trunk, ") == 3
+    assert run(capsys, tmp_path / "runs", *flags, *weights)[2].count("trunk, ") == 0
+
+
+def test_photos_end_to_end(tmp_path, capsys):
+    data = write_photos(tmp_path / "data")
+    flags = [*PHOTOS, "--data-dir", data, "--workers", 2]
+    status, out, err, folder = run(capsys, tmp_path / "runs", *flags)
+    assert status == 0 and err.count("trunk, ") == 3
+    rows = rows_of(folder)
+    assert len(rows) == 3 and all(math.isfinite(row["silhouette"]) for row in rows)
+    assert json.loads((folder / "results.json").read_text())["config"]["epochs"] == 2
+    changed = data / "train" / "cat" / "05f.PNG"
+    changed.write_bytes((data / "train" / "cat" / "04e.webp").read_bytes())
+    err = run(capsys, tmp_path / "runs", *flags)[2]
+    assert err.count("trunk, ") == 1 and "trunk, test" not in err
+    for name in data.glob("*/*/*"):  # one photo of each class leaves the metrics undefined
+        if name.name != "00a.JPEG":
+            name.unlink()
+    status, out, err, folder = run(capsys, tmp_path / "runs", *flags)
+    assert status == 0 and "not defined" in err and rows_of(folder)[0]["silhouette"] is None
+
+
+def test_the_head_of_the_checkpoint_is_kept_for_imagenet(tmp_path, capsys):
+    weights, _ = official_convnext()
+    torch.save({"model": weights}, tmp_path / "atto.pt")
+    for c in range(1000):
+        for split in ("train", "val"):
+            (tmp_path / split / f"n{c:08}").mkdir(parents=True)
+        image = Image.new("RGB", (32, 32), (c % 250, c // 4, 77))
+        image.save(tmp_path / "train" / f"n{c:08}" / "a.png")
+        image.save(tmp_path / "val" / f"n{c:08}" / "b.bmp")
+    flags = """--dataset imagenet --arch convnextv2_atto --image-size 32 --cycles 0 --workers 0
+        --d-sae 64""".split()
+    flags += ["--data-dir", tmp_path, "--weights", tmp_path / "atto.pt"]
+    status, _, err, folder = run(capsys, tmp_path / "runs", *flags)
+    assert status == 0 and "baseline: train" not in err and "baseline: SAE" in err
+    config = json.loads((folder / "results.json").read_text())["config"]
+    assert config["epochs"] == S.DEFAULTS["imagenet"]["epochs"]
+    trunk, model, _ = S.imagenet_convnext("convnextv2_atto", None, str(tmp_path / "atto.pt"))
+    data = S.load_data("imagenet", tmp_path, image_size=32)
+    predicted = torch.cat([model(trunk(part)).argmax(1) for part in data.test[0][:].split(250)])
+    expected = (predicted == data.test[1]).float().mean().item()
+    assert rows_of(folder)[0]["accuracy"] == pytest.approx(expected, abs=2e-3)
+
+
+def test_killed_during_the_trunk_pass(tmp_path, capsys):
+    data = write_photos(tmp_path / "data", n=350)
+    flags = [*PHOTOS, "--data-dir", data, "--batch-size", 16]
+    whole = run(capsys, tmp_path / "whole", *flags, "--cache-dir", tmp_path / "cache")[3]
+    process = start(tmp_path, *flags)
+    for _ in range(3000):
+        sums = [np.fromfile(f, np.uint32) for f in (data / "features").glob("*train*.crc")]
+        if sums and sums[0].any() or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not all(sums[0])
+    folder = next((tmp_path / "runs").glob("*"))
+    status, _, err, _ = run(capsys, tmp_path / "runs", "--resume", folder)
+    assert status == 0 and rows_of(folder) == rows_of(whole)
+    for file in (tmp_path / "cache").glob("*.npy"):
+        assert file.read_bytes() == next((data / "features").glob(file.name)).read_bytes()
+
+
+def torchrun(tmp_path, out, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2,
+               "--master-port", 29000 + os.getpid() % 1000, HERE / "saeception.py",
+               "--out-dir", tmp_path / out, "--device", "cpu", *flags]  # fmt: skip
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def assert_close_rows(rows, others):
+    for row, other in zip(rows, others, strict=True):
+        assert row["arm"] == other["arm"]
+        for key in ("accuracy", "silhouette", "davies_bouldin", "h_silhouette"):
+            assert row[key] == pytest.approx(other[key], rel=1e-2, abs=1e-2)
+
+
+def test_two_processes_train_like_one(tmp_path, capsys):
+    flags = ["--cycles", 1, *SMALL]
+    alone = run(capsys, tmp_path / "alone", *flags, "--device", "cpu")
+    process = torchrun(tmp_path, "two", *flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    folders = list((tmp_path / "two").iterdir())
+    assert len(folders) == 1 and len(out.splitlines()) == len(alone[1].splitlines())
+    assert err.count("baseline: train") == 1  # one of them prints
+    assert_close_rows(rows_of(folders[0]), rows_of(alone[3]))
+
+
+def test_two_processes_share_a_trunk_pass(tmp_path, capsys):
+    data = write_photos(tmp_path / "data", n=300)
+    flags = [*PHOTOS, "--data-dir", data]
+    alone = run(capsys, tmp_path / "alone", *flags, "--cache-dir", tmp_path / "cache")[3]
+    process = torchrun(tmp_path, "two", *flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for file in (tmp_path / "cache").glob("*.npy"):
+        np.testing.assert_allclose(np.load(file), np.load(data / "features" / file.name), atol=1e-5)
+    assert_close_rows(rows_of(next((tmp_path / "two").iterdir())), rows_of(alone))
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_a_process_that_dies_stops_the_others(tmp_path):
+    process = torchrun(tmp_path, "two", "--epochs", 500, "--limit", 2000)
+    for _ in range(3000):
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"PPid:\t{process.pid}\n" in (folder / "status").read_text():
+                    environment = (folder / "environ").read_bytes().split(b"\0")
+                    found |= {e: int(folder.name) for e in environment if e.startswith(b"RANK=")}
+        if (tmp_path / "two").exists() and b"RANK=1" in found:
+            break
+        time.sleep(0.01)
+    time.sleep(2)  # into the training
+    os.kill(found[b"RANK=1"], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "another process of this run stopped" in err or "interrupted" in err
+    assert 'saeception.py", line' not in err  # no traceback of ours
+
+
+def test_out_of_gpu_memory_names_a_smaller_batch(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(S, "fit", full)
+    status, _, err, _ = run(capsys, tmp_path, *SMALL)
+    assert status == 1 and "try --batch-size 64" in err and len(err.splitlines()) == 1
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
