@@ -9,7 +9,8 @@
 Data flows one way, and everything after the trunk is plain tensors:
 
     images --trunk (frozen, run once, cached)--> x --model (trained)--> logits
-                                                       \\--layer--> h --SAE--> z --sharpen--> target
+                                                        |
+                                                      layer --> h --SAE--> z --sharpen--> target
 
 The output of one layer of the classifier is its activation h. One cycle:
 
@@ -85,24 +86,22 @@ ARCHS = {
 # fmt: on
 
 
-def batches(n: int, batch_size: int, epochs: int, seed: int, device=None) -> list[Tensor]:
+def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
     """Shuffled index batches, epoch after epoch. The short batch at the end of each is dropped."""
     generator = torch.Generator().manual_seed(seed)
     size = min(n, batch_size)
-    orders = [torch.randperm(n, generator=generator).to(device) for _ in range(epochs)]
+    orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
     return [batch for order in orders for batch in order[: n // size * size].split(size)]
 
 
-def take(x, index, device) -> Tensor:
-    """Rows x[index] of a tensor on any device, or of `Rows`, on `device`; half becomes float32."""
-    if isinstance(index, Tensor):
-        index = index.to(getattr(x, "device", device))
+def take(x: "Tensor | Rows", index, device) -> Tensor:
+    """x[index] on `device`, whose memory may be too small for x; features kept as half as float."""
     rows = x[index].to(device)
     return rows.float() if rows.dtype == torch.float16 else rows
 
 
 class Rows:
-    """n rows that `read(index)` computes when they are asked for: for what fits no memory."""
+    """n rows that `read(index)` computes when they are asked for, where memory is too small."""
 
     def __init__(self, n: int, read: Callable):
         self.n, self.read = n, read
@@ -201,7 +200,7 @@ def train_sae(
     sae = SparseAutoencoder(len(mean), d_sae, k, generator).to(device)
     sae.b_dec.data = mean * scale
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
-    order = batches(n, batch_size, epochs, seed, device)
+    order = batches(n, batch_size, epochs, seed)
     # As in Bricken et al., dead features are revived four times in the first half of training.
     window = max(1, len(order) // 8)
     fired = torch.zeros(d_sae, dtype=torch.bool, device=device)
@@ -602,33 +601,33 @@ def imagenet_convnext(
 ) -> tuple[nn.Module, nn.Module, str]:
     """ConvNeXt V2 (Woo et al. 2023): the trunk ends with the pooling, the model is LayerNorm and
     linear, its layer the LayerNorm. Raises what `load_weights` raises."""
-    size = arch.removeprefix("convnextv2_")
-    depth = {"nano": 8, "tiny": 9, "base": 27, "large": 27, "huge": 27}.get(size, 6)
+    width, depth = {
+        "atto": (40, 6), "femto": (48, 6), "pico": (64, 6), "nano": (80, 8), "tiny": (96, 9),
+        "base": (128, 27), "large": (192, 27), "huge": (352, 27),
+    }[arch.removeprefix("convnextv2_")]  # fmt: skip
     n_blocks = (3, 3, depth, 3) if depth % 9 == 0 else (2, 2, depth, 2)
-    width = {"atto": 40, "femto": 48, "pico": 64, "nano": 80, "tiny": 96, "base": 128, "large": 192,
-             "huge": 352}[size]  # fmt: skip
     dims = [width, 2 * width, 4 * width, 8 * width, None]
     stages = [CNBlockConfig(dims[i], dims[i + 1], n_blocks[i]) for i in range(4)]
     with contextlib.nullcontext() if weights == "none" else torch.device("meta"):
-        net = ConvNeXt(stages, block=ConvNeXtV2Block, num_classes=n_classes or 1000)
+        net = ConvNeXt(stages, block=ConvNeXtV2Block, num_classes=1000)
+    head = net.classifier[2]
+    if n_classes:
+        net.classifier[2], head = nn.Identity(), nn.Linear(dims[3], n_classes)
     if weights != "none":
         kind = "im1k/{}_1k_224_ema" if depth == 6 else "im22k/{}_22k_384_ema"
-        url = "https://dl.fbaipublicfiles.com/convnext/convnextv2/" + kind.format(arch) + ".pt"
-        new = {}
-        if n_classes:
-            net.classifier[2] = nn.Linear(dims[3], n_classes)
-            new = {f"classifier.2.{key}": v for key, v in net.classifier[2].state_dict().items()}
-        load_weights(
-            net,
-            weights,
-            url,
-            lambda state: dict(map(torchvision_name, *zip(*state.items(), strict=True))) | new,
-        )
+        url = f"https://dl.fbaipublicfiles.com/convnext/convnextv2/{kind.format(arch)}.pt"
+
+        def translate(state):  # with or without its head
+            state = dict(torchvision_name(*entry) for entry in state.items())
+            unused = "classifier.2." if n_classes else "nothing"
+            return {key: v for key, v in state.items() if not key.startswith(unused)}
+
+        load_weights(net, weights, url, translate)
     net = net.to(memory_format=torch.channels_last)
     norm = nn.LayerNorm(dims[3], eps=1e-6)  # torchvision's, which wants maps, on vectors
     norm.load_state_dict(net.classifier[0].state_dict())
     trunk = nn.Sequential(Pixels(**IMAGENET_PIXELS), net.features, net.avgpool, nn.Flatten())
-    return trunk, nn.Sequential(OrderedDict(norm=norm, head=net.classifier[2])), "norm"
+    return trunk, nn.Sequential(OrderedDict(norm=norm, head=head)), "norm"
 
 
 def torchvision_name(name: str, value: Tensor) -> tuple[str, Tensor]:
@@ -710,25 +709,24 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 class Photos:
-    """Image files as uint8 [B, 3, size, size], decoded when they are read: photos[i:j].
+    """Image files that are decoded as late as can be: photos[index] are fewer of them, `pixels`
+    gives uint8 [B, 3, size, size].
 
     Below 384 pixels the middle 7/8 of the shorter side is taken, from there on the whole image is
     warped: what the official ConvNeXt-V2 checkpoints were evaluated on. OSError names a bad file.
     """
 
-    def __init__(self, root: str, names: list[str], size: int):
-        self.root, self.size = root, size
-        self.names = np.array([os.fsencode(name) for name in names])  # no object per file
+    def __init__(self, root: str, names: np.ndarray, size: int):
+        self.root, self.names, self.size = root, names, size  # bytes [N]: no object per file
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def paths(self, index=slice(None)) -> Iterator[str]:
-        return (os.path.join(self.root, os.fsdecode(name)) for name in self.names[index])
+    def __getitem__(self, index) -> "Photos":
+        return Photos(self.root, self.names[index], self.size)
 
-    def __getitem__(self, index) -> Tensor:
-        pixels = np.stack([self.decode(path) for path in self.paths(index)])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    def paths(self) -> list[str]:
+        return [os.path.join(self.root, os.fsdecode(name)) for name in self.names]
 
     def decode(self, path: str) -> np.ndarray:  # (size, size, 3)
         try:
@@ -738,22 +736,19 @@ class Photos:
             raise OSError(f"cannot read the image {path}: mend or remove it") from error
         (width, height), box = image.size, None
         if self.size < 384:
-            side = min(width, height) * 7 / 8
-            x, y = (width - side) / 2, (height - side) / 2
-            box = (x, y, x + side, y + side)
+            x, y, side = width / 2, height / 2, min(width, height) * 7 / 16
+            box = (x - side, y - side, x + side, y + side)
         return np.array(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box))
 
 
-def subset(images, index: Tensor):
-    """Those of the images that `index` names, in its order, still undecoded if they are photos."""
-    if isinstance(images, Photos):
-        chosen = copy.copy(images)
-        chosen.names = images.names[index.numpy()]
-        return chosen
-    return images[index]
+def pixels(images: Tensor | Photos) -> Tensor:
+    """uint8 [B, C, H, W], whatever the images are kept as."""
+    if isinstance(images, Tensor):
+        return images
+    return torch.from_numpy(np.stack(list(map(images.decode, images.paths())))).permute(0, 3, 1, 2)
 
 
-def fingerprint(images: "Tensor | Photos") -> int:
+def fingerprint(images: Tensor | Photos) -> int:
     """A checksum of the pixels, or of the names, sizes and times of change of the files."""
     if isinstance(images, Tensor):
         return zlib.crc32(images.contiguous().numpy())
@@ -764,7 +759,7 @@ def fingerprint(images: "Tensor | Photos") -> int:
 
 
 def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor, list]:
-    """ "mnist" or "cifar10" as torchvision lays it out below root, downloaded if it is not there:
+    """MNIST or CIFAR-10 as torchvision lays it out below root, downloaded if it is not there:
     images, class numbers and class names. OSError, with what to do, if neither is possible."""
     kind = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}[dataset]
     try:
@@ -776,15 +771,15 @@ def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tenso
         if not 0 < len(y) == len(images) or images.shape[1:] != shape:
             raise ValueError(f"images {list(images.shape)} but {len(y)} labels")
     except Exception as error:  # each kind of damage, and no network, raises a type of its own
-        files = {"mnist": f"{'train' if train else 't10k'}-images-idx3-ubyte and -labels-idx1-ubyte"
-                          f" into {Path(root, 'MNIST', 'raw')}",
-                 "cifar10": f"cifar-10-python.tar.gz into {root}"}[dataset]  # fmt: skip
-        raise OSError(
-            f"cannot read or download {dataset} ({' '.join(str(error).split())[:100]}): put whole "
-            f"{files}, or say with --data-dir where they are, or use --dataset digits, which needs "
-            "no files"
-        ) from error
-    return images, y, [str(i) for i in range(10)] if dataset == "mnist" else data.classes
+        part, reason = "train" if train else "t10k", " ".join(str(error).split())[:100]
+        files = f"cifar-10-python.tar.gz into {root}"
+        if dataset == "mnist":
+            files = f"{part}-images-idx3-ubyte and {part}-labels-idx1-ubyte into {root}/MNIST/raw"
+        raise OSError(f"cannot read or download {dataset} ({reason}): put whole {files}, or give "
+                      "their place with --data-dir, or use --dataset digits, which needs no files"
+                      ) from error  # fmt: skip
+    names = data.classes if dataset == "cifar10" else map(str, range(max(10, int(y.max()) + 1)))
+    return images, y, list(names)
 
 
 def load_folders(root: str | Path, split: str, size: int) -> tuple[Photos, Tensor, list[str]]:
@@ -796,7 +791,7 @@ def load_folders(root: str | Path, split: str, size: int) -> tuple[Photos, Tenso
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"no images in {folder}/<class>/ ({reason}): say with --data-dir where the "
                       "folders train/<class>/ and val/<class>/ are") from error  # fmt: skip
-    names = [path[len(folder) + 1 :] for path, _ in data.samples]
+    names = np.array([os.fsencode(path[len(folder) + 1 :]) for path, _ in data.samples])
     return Photos(folder, names, size), torch.tensor(data.targets), data.classes
 
 
@@ -845,7 +840,7 @@ def load_data(
     for images, y, index in parts:
         if limit:
             index = index[balanced(y[index], limit)]
-        cut.append((subset(images, index), y[index]))
+        cut.append((images[index], y[index]))
     return SimpleNamespace(train=cut[0], val=cut[1], test=cut[2], names=names)
 
 
@@ -880,7 +875,7 @@ def trunk_features(
             if path.exists():
                 print(f"{path} is not the file of this run ({error}): made again", file=sys.stderr)
                 path.unlink()
-            width = trunk(images[:1].to(device)).shape[1]
+            width = trunk(pixels(images[:1]).to(device)).shape[1]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(sums_path, lambda file: file.write(bytes(4 * len(starts))))
             write_whole(path, lambda file, shape=(n, width): np.lib.format.open_memmap(
@@ -898,7 +893,7 @@ def trunk_features(
             for i in range(start, min(start + block, n), batch_size)
         ]
         loader = torch.utils.data.DataLoader(
-            images, sampler=order, batch_size=None, pin_memory=device == "cuda",
+            images, sampler=order, batch_size=None, collate_fn=pixels, pin_memory=device == "cuda",
             num_workers=0 if isinstance(images, Tensor) else workers,
         )  # fmt: skip
         done = []
@@ -956,7 +951,7 @@ def fit(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    order = batches(len(x), batch_size, epochs, seed, device)
+    order = batches(len(x), batch_size, epochs, seed)
     if targets is not None:
         some = batches(len(x), 4096, 1, seed)[0]
         variance = activations(model, layer, x, some)[0].var(0).mean()
@@ -1191,10 +1186,10 @@ def draw_features(z: Tensor, images, y: Tensor, mean: Tensor, names: list[str]) 
             text = f"feature {feature}, mean {mean[c, feature]:.2f}"
             draw.text((left, top + 20), text, fill="black", font=font)
             best = z[:, feature].topk(n_best).indices.cpu()
-            for n, (i, pixels) in enumerate(zip(best.tolist(), images[best], strict=True)):
+            for n, (i, photo) in enumerate(zip(best.tolist(), pixels(images[best]), strict=True)):
                 x0, y0 = left + n * side, top + 41
                 draw.rectangle((x0, y0, x0 + side - 3, y0 + side - 3), fill=colours[int(y[i])])
-                photo = torchvision.transforms.functional.to_pil_image(pixels).convert("RGB")
+                photo = torchvision.transforms.functional.to_pil_image(photo).convert("RGB")
                 canvas.paste(photo.resize((side - 8, side - 8)), (x0 + 3, y0 + 3))
     return canvas
 
@@ -1374,7 +1369,7 @@ def build(config: dict, names: list[str], seed: int) -> tuple:
     return trunk, model, keep and weights != "none"
 
 
-def cached_splits(config: dict, trunk: nn.Module, splits: dict, share: tuple[int, int]) -> dict:
+def cached_splits(config: dict, trunk: nn.Module, splits: dict, share=(0, 1)) -> dict:
     """The splits with the trunk's features for images, from --cache-dir or computed."""
     device, weights = config["device"], config["weights"]
     about = {key: config[key] for key in ("dataset", "arch", "image_size", "weights")}
@@ -1399,20 +1394,22 @@ def cached_splits(config: dict, trunk: nn.Module, splits: dict, share: tuple[int
 def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: dict) -> None:
     """Every seed, from where `saved` stands: prints the table, fills the folder."""
     trunk, model, pretrained = parts
+    device, tune_all = config["device"], config["tune"] == "all"
     splits = {"train": data.train, "val": data.val, "test": data.test}
-    if config["tune"] == "last":
-        images = splits
-        if WORLD > 1:
-            cached_splits(config, trunk, images, (RANK, WORLD))
-            dist.barrier()
-            dist.destroy_process_group()
+    if not tune_all and WORLD > 1:
+        cached_splits(config, trunk, splits, share=(RANK, WORLD))
+        dist.barrier()
+        dist.destroy_process_group()
         if RANK:
             return
-        splits = cached_splits(config, trunk, images, (0, 1))
-    del trunk
-    rules, device = arm_rules(len(data.names), config["top_k"]), config["device"]
+    if not tune_all:
+        splits = cached_splits(config, trunk, splits)
+    large = device == "cuda" and splits["train"][0].nbytes > torch.cuda.mem_get_info()[0] / 2
+    train, val, test = ((x if large else x.to(device), y.to(device)) for x, y in splits.values())
+    rules = arm_rules(len(data.names), config["top_k"])
     fit_options = {key: config[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
-    augmented = config["tune"] == "all" and config["dataset"] == "cifar10"
+    if tune_all and config["dataset"] == "cifar10":
+        fit_options["augment"] = flip_and_shift
     options = {
         "d_sae": config["d_sae"],
         "k": config["sae_k"] if config["sae"] == "topk" else None,
@@ -1420,28 +1417,22 @@ def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: 
         "cycles": config["cycles"],
         "arms": {arm: rules[arm] for arm in config["arms"]},
         "pretrained": pretrained,
-        "fit_options": fit_options | {"augment": flip_and_shift if augmented else None},
+        "fit_options": fit_options,
         "sae_options": {"l1": config["l1"], "epochs": config["sae_epochs"]},
         "progress": (lambda steps, desc: steps) if RANK else show_progress,
     }
-    fits = device != "cuda" or splits["train"][0].nbytes < torch.cuda.mem_get_info()[0] / 2
-    train, val, test = ((x.to(device) if fits else x, y.to(device)) for x, y in splits.values())
     finished, state, seeds = saved["finished"], saved["state"], config["seeds"]
-    if not RANK:
-        print(table(finished + (state["rows"] if state else [])), flush=True)
-        if test[1].bincount().max() < 2:
-            print("one test image per class: silhouette and other metrics are not defined, nan",
-                  file=sys.stderr)  # fmt: skip
+    say = (lambda text: None) if RANK else partial(print, flush=True)
+    say(table(finished + (state["rows"] if state else [])))
     for seed in seeds[seeds.index(saved["seed"]) :]:
-        if config["tune"] == "all":
+        if tune_all:
             _, model, _ = build(config, data.names, seed)
         setting = (model.to(device), config["layer"], train, test)
         for now in saeception(*setting, val=val, seed=seed, state=state, **options):
             state = now
             if not RANK:
                 save_run(folder, config, finished, seed, state)
-                new = [row for row in state["rows"] if row["cycle"] == state["cycle"]]
-                print(table(new, heading=False), flush=True)
+            say(table([r for r in state["rows"] if r["cycle"] == state["cycle"]], heading=False))
         if seed == seeds[0] and not RANK:
             draw_run(folder, *setting, data, state)
         finished, state = finished + state["rows"], None
@@ -1458,10 +1449,10 @@ def draw_run(folder: Path, model, layer: str, train, test, data, state: dict) ->
         h = activations(net, layer, test[0])[0]
         score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
         panels[f"{arm}: silhouette {score:.3f}"] = sae.encode(h[shown])
-        if arm == arms[min(1, len(arms) - 1)]:  # the first behind the baseline
+        if arm == arms[:2][-1]:  # the first behind the baseline
             before = layer_output(net, layer, train[0])
             mean = class_mean(before, train[1], len(data.names), sae.encode).cpu()
-            z = Rows(len(h), lambda i, h=h, sae=sae: sae.encode(h[i])).kept(math.inf)
+            z = torch.cat([sae.encode(part) for part in h.split(8192)])
             features = draw_features(z, *data.test, mean, data.names)
     clusters = draw_clusters(panels, data.test[1][shown], data.names)
     write_whole(folder / "clusters.png", lambda file: clusters.save(file, "PNG"))
@@ -1473,12 +1464,12 @@ def main(argv: list[str] | None = None) -> int:
     folder, local = None, int(os.environ.get("LOCAL_RANK", 0))
     try:
         config, folder, saved = parse_arguments(argv)
-        torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
-        if WORLD > 1:
-            if config["device"] == "cuda":
-                torch.cuda.set_device(local)
+        if config["device"] == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32
+            torch.cuda.set_device(local)
+        if WORLD > 1:  # one may wait for another for as long as a trunk pass takes
             backend = "nccl" if config["device"] == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=1))  # a trunk pass is long
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         if local:
             dist.barrier()  # until the first process of this machine has downloaded everything
         data = load_data(*(config[k] for k in ("dataset", "data_dir", "limit", "image_size")))
@@ -1488,31 +1479,29 @@ def main(argv: list[str] | None = None) -> int:
         if saved is None:
             saved = {"finished": [], "seed": config["seeds"][0], "state": None}
             now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # to the millisecond: always a new one
-            folder = Path(config["out_dir"]) / f"{config['dataset']}-{now}"
+            folder = Path(config["out_dir"], f"{config['dataset']}-{now}")
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_run(folder, config, **saved)  # --resume works from here on; results.json is whole
         run(config, data, parts, folder, saved)
         return 0
-    except KeyboardInterrupt:
-        saved = folder and folder.exists()
-        hint = f"; go on with: python saeception.py --resume {folder}" if saved else ""
-        message, status = f"\ninterrupted{hint}", 130
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (KeyboardInterrupt, ValueError, OSError, FloatingPointError, RuntimeError) as error:
         status = 2 if isinstance(error, ValueError) else 1
-        reason = str(error).strip().splitlines()[-1]  # the last line of what a worker process says
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        reason = str(error).strip().rpartition("\n")[2]  # the last line of what a worker says
+        if isinstance(error, KeyboardInterrupt):
+            reason, status = "interrupted", 130
+        elif isinstance(error, torch.cuda.OutOfMemoryError):
             smaller = max(1, config["batch_size"] // 2)
             reason = f"the GPU has too little memory; try --batch-size {smaller}"
         elif isinstance(error, RuntimeError) and WORLD > 1:
             reason = f"another process of this run stopped ({reason[:80]}); start all of them again"
         elif isinstance(error, RuntimeError):
             raise
-        kept = f"; what is finished is in {folder}" if folder and folder.exists() else ""
-        message = f"saeception.py: error: {reason}{kept}"
-    if not RANK or status == 1:  # a bad argument is the same for all
-        print(message, file=sys.stderr)
-    return status
+        if folder and folder.exists():
+            reason += f"; go on with: python saeception.py --resume {folder}"
+        if not RANK or status == 1:  # a bad argument is the same for all
+            print(f"saeception.py: error: {reason}", file=sys.stderr)
+        return status
 
 
 if __name__ == "__main__":

@@ -714,21 +714,23 @@ def test_photos_are_decoded_cropped_and_named(tmp_path):
     assert data.names == ["cat", "dog"]
     assert [len(y) for _, y in (data.train, data.val, data.test)] == [22, 2, 24]
     for photos, y in (data.train, data.val, data.test):
-        images = photos[:]
+        images = S.pixels(photos)
         assert images.shape == (len(y), 3, 32, 32) and images.dtype == torch.uint8
         assert torch.equal(images.float().mean((2, 3)).argmax(1), y)
     some = torch.tensor([20, 3])
-    assert torch.equal(data.test[0][some], data.test[0][:][some])
+    assert torch.equal(S.pixels(data.test[0][some]), S.pixels(data.test[0])[some])
     # A white frame, a 16th on each side, is cut off below 384 pixels, and not from there on.
     frame = np.full((160, 160, 3), 255, np.uint8)
     frame[10:-10, 10:-10] = 0
     Image.fromarray(frame).save(tmp_path / "frame.png")
-    cut, whole = (S.Photos(str(tmp_path), ["frame.png"], size)[:] for size in (70, 384))
+    cut, whole = (
+        S.pixels(S.Photos(str(tmp_path), np.array([b"frame.png"]), size)) for size in (70, 384)
+    )
     assert cut.max() < 60 and whole.max() == 255
     bad = tmp_path / "train" / "dog" / "00a.JPEG"
     bad.write_bytes(bad.read_bytes()[:300])
     with pytest.raises(OSError, match="cannot read the image .*00a.JPEG"):
-        S.load_data("imagenet", tmp_path, image_size=32).train[0][:]
+        S.pixels(S.load_data("imagenet", tmp_path, image_size=32).train[0])
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
     with pytest.raises(ValueError, match="only one of train and val has a class dog"):
         S.load_data("imagenet", tmp_path)
@@ -1240,7 +1242,9 @@ def test_the_head_of_the_checkpoint_is_kept_for_imagenet(tmp_path, capsys):
     assert config["epochs"] == S.DEFAULTS["imagenet"]["epochs"]
     trunk, model, _ = S.imagenet_convnext("convnextv2_atto", None, str(tmp_path / "atto.pt"))
     data = S.load_data("imagenet", tmp_path, image_size=32)
-    predicted = torch.cat([model(trunk(part)).argmax(1) for part in data.test[0][:].split(250)])
+    predicted = torch.cat(
+        [model(trunk(part)).argmax(1) for part in S.pixels(data.test[0]).split(250)]
+    )
     expected = (predicted == data.test[1]).float().mean().item()
     assert rows_of(folder)[0]["accuracy"] == pytest.approx(expected, abs=2e-3)
 
