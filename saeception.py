@@ -1424,6 +1424,9 @@ def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: 
     finished, state, seeds = saved["finished"], saved["state"], config["seeds"]
     say = (lambda text: None) if RANK else partial(print, flush=True)
     say(table(finished + (state["rows"] if state else [])))
+    if not RANK and test[1].bincount().max() < 2:
+        print("one test image per class: nan where silhouette and others are not defined",
+              file=sys.stderr)  # fmt: skip
     for seed in seeds[seeds.index(saved["seed"]) :]:
         if tune_all:
             _, model, _ = build(config, data.names, seed)
