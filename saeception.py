@@ -163,7 +163,7 @@ class SparseAutoencoder(nn.Module):
 
 
 @torch.no_grad()
-def moments(h, device=None, chunk: int = 8192) -> tuple[Tensor, float]:
+def moments(h, device=None, chunk: int = 2048) -> tuple[Tensor, float]:
     """Mean [d_in] of activations h [N, d_in], and their variance, averaged over the d_in units."""
     first, total, square = h[:1].to(device).float(), 0, 0.0
     for i in range(0, len(h), chunk):
@@ -283,7 +283,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def activations(model: nn.Module, layer: str, x: Tensor, index=slice(None), chunk=512) -> tuple:
+def activations(model: nn.Module, layer: str, x: Tensor, index=slice(None), chunk=256) -> tuple:
     """h [N, d_in] and logits [N, n_classes] of the rows x[index], in evaluation mode, in chunks."""
     if isinstance(index, slice):
         index = torch.arange(*index.indices(len(x)))
@@ -314,8 +314,8 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, encode: Callable | None = N
     y [N] class numbers; gives [n_classes, D]. In chunks: the codes of all examples may not fit.
     """
     total, count = 0, y.bincount(minlength=n_classes)[:, None]
-    for i in range(0, len(v), 8192):
-        part, labels = v[i : i + 8192], y[i : i + 8192]
+    for i in range(0, len(v), 2048):
+        part, labels = v[i : i + 2048], y[i : i + 2048]
         code = encode(part) if encode else part
         total = total + F.one_hot(labels, n_classes).to(code.dtype).T @ code
     return total / count.clamp_min(1)
@@ -405,7 +405,7 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 2048) -> float:
 
 def _centroids(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """Centroids [C, D], each point's distance to its own [N], labels [N], cluster sizes [C]."""
-    read, n_chunks, labels, count = _clusters(x, labels, 8192)
+    read, n_chunks, labels, count = _clusters(x, labels, 2048)
     centroids = sum(one_hot.T @ part for _, part, one_hot in map(read, range(n_chunks)))
     centroids /= count[:, None]
     chunks = map(read, range(n_chunks))
@@ -848,7 +848,8 @@ def load_data(
 def trunk_features(
     trunk: nn.Module,  # frozen, on `device`
     images: "Tensor | Photos",  # uint8, N of them
-    path: Path,  # of the .npy file that keeps the features; give other images or trunks another
+    path: Path,  # of the .npy file that keeps the features
+    key: int = 0,  # a number for all that changes them; a file made with another one is not used
     dtype: str = "float32",  # or "float16"
     device: str = "cpu",
     batch_size: int = 64,
@@ -881,9 +882,9 @@ def trunk_features(
             write_whole(path, lambda file, shape=(n, width): np.lib.format.open_memmap(
                 file.name, "w+", dtype, shape))  # fmt: skip
             continue
-        todo = [i for i in starts if zlib.crc32(x[i : i + block]) != sums[i // block]]
+        todo = [i for i in starts if zlib.crc32(x[i : i + block], key) != sums[i // block]]
         if sums[np.array(todo, int) // block].any():
-            print(f"{path} has damaged blocks: they are made again", file=sys.stderr)
+            print(f"{path} has damaged or foreign blocks: they are made again", file=sys.stderr)
         todo = [i for i in todo if i // block % share[1] == share[0]]
         if not todo:
             return torch.from_numpy(x)
@@ -906,7 +907,7 @@ def trunk_features(
                     raise FloatingPointError(f"features of the trunk are not finite in {dtype}")
                 start, done = (index.stop - 1) // block * block, []
                 write_at(path, x.offset + start * x.strides[0], h)
-                write_at(sums_path, start // block * 4, np.uint32(zlib.crc32(h)))
+                write_at(sums_path, start // block * 4, np.uint32(zlib.crc32(h, key)))
 
 
 # === 7. Training ==================================================================================
@@ -1020,7 +1021,7 @@ def measure(model, layer: str, sae, x: Tensor, y: Tensor, full: bool = True) -> 
     }
     if not full:
         return row
-    parts = zip(h.split(8192), z.split(8192), strict=True)
+    parts = zip(h.split(2048), z.split(2048), strict=True)
     unexplained = sum((part - sae.decode(code)).square().sum().item() for part, code in parts)
     return row | {
         "calinski_harabasz": score(calinski_harabasz_score, z),
@@ -1237,16 +1238,16 @@ def save_run(folder: Path, config: dict, finished: list, seed: int, state: dict 
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
 
 
-def show_progress(steps, desc: str, size: int = 1) -> Iterator:
-    """Rate and time left on stderr; where that is no terminal, one line when it is done. The rate
-    counts `size` for each step."""
+def show_progress(steps, desc: str, size: int = 1, unit: str = "steps") -> Iterator:
+    """Rate and time left on stderr; where that is no terminal, one line when it is done. A step is
+    `size` units."""
     start = shown = time.perf_counter()
     for done, step in enumerate(steps, 1):
         yield step
         now, live = time.perf_counter(), sys.stderr.isatty()
         if done == len(steps) or (live and now - shown > 0.2):
             shown, rate = now, done / (now - start)
-            text = f"{desc}: {done}/{len(steps)} steps, {rate * size:.3g}/s, "
+            text = f"{desc}: {done}/{len(steps)}, {rate * size:.3g} {unit}/s, "
             text += f"{(len(steps) - done) / rate:.0f} s left" if done < len(steps) else "done"
             end = "\n" if done == len(steps) else ""
             print(f"\r{text:<79}" if live else text, end=end, file=sys.stderr, flush=True)
@@ -1384,10 +1385,11 @@ def cached_splits(config: dict, trunk: nn.Module, splits: dict, share=(0, 1)) ->
         about |= {"split": split, "images": fingerprint(images)}
         key = zlib.crc32(json.dumps(about).encode())
         path = folder / f"{config['dataset']}-{config['arch']}-{split}-{key:08x}.npy"
-        bar = partial(show_progress, desc=f"trunk, {split} images", size=config["batch_size"])
-        options = {"batch_size": config["batch_size"], "workers": config["workers"]}
-        options |= {"share": share, "progress": iter if share[0] else bar}
-        done[split] = trunk_features(trunk, images, path, dtype, device, **options), y
+        size, workers = config["batch_size"], config["workers"]
+        bar = partial(show_progress, desc=f"trunk, {split} split", size=size, unit="images")
+        options = {"batch_size": size, "workers": workers, "share": share}
+        options["progress"] = iter if share[0] else bar
+        done[split] = trunk_features(trunk, images, path, key, dtype, device, **options), y
     return done
 
 
@@ -1455,7 +1457,7 @@ def draw_run(folder: Path, model, layer: str, train, test, data, state: dict) ->
         if arm == arms[:2][-1]:  # the first behind the baseline
             before = layer_output(net, layer, train[0])
             mean = class_mean(before, train[1], len(data.names), sae.encode).cpu()
-            z = torch.cat([sae.encode(part) for part in h.split(8192)])
+            z = torch.cat([sae.encode(part) for part in h.split(2048)])
             features = draw_features(z, *data.test, mean, data.names)
     clusters = draw_clusters(panels, data.test[1][shown], data.names)
     write_whole(folder / "clusters.png", lambda file: clusters.save(file, "PNG"))

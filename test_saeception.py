@@ -789,6 +789,9 @@ def test_cached_features(tmp_path, capsys):
         path.write_bytes(data)
         assert torch.equal(S.trunk_features(trunk, images, path), x) and path.read_bytes() == whole
         assert "made again" in capsys.readouterr().err
+    trunk.seen = 0
+    S.trunk_features(trunk, images, path, key=5)
+    assert trunk.seen == 1100 and "foreign" in capsys.readouterr().err
     half = S.trunk_features(trunk, images, tmp_path / "half.npy", dtype="float16")
     assert half.dtype == torch.float16 and torch.allclose(half.float(), x, atol=2e-3)
     with pytest.raises(FloatingPointError, match="not finite in float16"):
