@@ -1079,7 +1079,7 @@ def saeception(
     for cycle in range(state["cycle"] + 1, cycles + 1):
         rows, models, saes = list(state["rows"]), dict(state["models"]), dict(state["saes"])
         for arm, rule in arms.items() if cycle else [("baseline", None)]:
-            start, what = time.perf_counter(), f"seed {seed} cycle {cycle} {arm}"
+            times, what = [time.perf_counter()], f"seed {seed} cycle {cycle} {arm}"
             bars = [partial(progress, desc=f"{what}: {stage}") for stage in ("train", "SAE")]
             same = {"seed": 1000 * seed + cycle}  # in every arm
             net, targets = copy.deepcopy(model), None
@@ -1092,15 +1092,20 @@ def saeception(
                 if cycle > 0 or not pretrained:
                     options = (fit_options or {}) | same | {"progress": bars[0]}
                     fit(net, layer, x, y, targets, weight, **options)
+                times.append(time.perf_counter())
                 options = (sae_options or {}) | same | {"progress": bars[1], "device": device}
                 sae = train_sae(layer_output(net, layer, x), d_sae, k, **options)
+                times.append(time.perf_counter())
             except FloatingPointError as error:
                 raise FloatingPointError(f"{what}: {error}") from error
             row = {"seed": seed, "cycle": cycle, "arm": arm} | measure(net, layer, sae, *test)
             if val:
                 short = measure(net, layer, sae, *val, full=False)
                 row |= {f"val_{key}": value for key, value in short.items()}
-            rows.append(row | {"seconds": time.perf_counter() - start})
+            times.append(time.perf_counter())
+            stages = zip(("train", "sae", "measure"), np.diff(times).tolist(), strict=True)
+            row |= {f"seconds_{stage}": seconds for stage, seconds in stages}
+            rows.append(row | {"seconds": times[-1] - times[0]})
             models[arm], saes[arm] = net.state_dict(), sae.state_dict()
         state = {"rows": rows, "cycle": cycle, "k": k, "models": models, "saes": saes}
         yield state
