@@ -32,7 +32,6 @@ import copy
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import signal
@@ -95,9 +94,9 @@ def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
 
 
 def take(x: "Tensor | Rows", index, device) -> Tensor:
-    """x[index] on `device`, whose memory may be too small for x; features kept as half as float."""
+    """x[index] on `device`, whose memory may be too small for x; any floats become float32."""
     rows = x[index].to(device)
-    return rows.float() if rows.dtype == torch.float16 else rows
+    return rows.float() if rows.is_floating_point() else rows
 
 
 class Rows:
@@ -283,7 +282,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def activations(model: nn.Module, layer: str, x: Tensor, index=slice(None), chunk=256) -> tuple:
+def activations(model: nn.Module, layer: str, x: Tensor, index=slice(None), chunk=128) -> tuple:
     """h [N, d_in] and logits [N, n_classes] of the rows x[index], in evaluation mode, in chunks."""
     if isinstance(index, slice):
         index = torch.arange(*index.indices(len(x)))
@@ -492,9 +491,9 @@ IMAGENET_PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 def mnist_mlp(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
     """The paper's MLP 784-16-16-10; its layer is the first hidden one, after the ReLU."""
-    layers = {"flatten": nn.Flatten(), "fc1": nn.Linear(784, 16), "relu1": nn.ReLU()}
-    layers |= {"fc2": nn.Linear(16, 16), "relu2": nn.ReLU(), "head": nn.Linear(16, n_classes)}
-    return Pixels(), nn.Sequential(OrderedDict(layers)), "relu1"
+    layers = {"fc1": nn.Linear(784, 16), "relu1": nn.ReLU(), "fc2": nn.Linear(16, 16)}
+    layers |= {"relu2": nn.ReLU(), "head": nn.Linear(16, n_classes)}
+    return nn.Sequential(Pixels(), nn.Flatten()), nn.Sequential(OrderedDict(layers)), "relu1"
 
 
 class ViTTrunk(nn.Module):
@@ -665,18 +664,14 @@ def load_weights(net: nn.Module, weights: str, url: str, translate: Callable) ->
         # Memory-mapped: a cached trunk pass needs a few layers of the 2.5 GB of a ViT-H only.
         state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         net.load_state_dict(translate(state.get("model", state)), assign=True)
+        net.float()
     except FileNotFoundError as error:
         raise ValueError(f"--weights {weights}: there is no such file") from error
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        AttributeError,
-        TypeError,
-        pickle.PickleError,
-    ) as error:
-        _, *details = str(error).splitlines() or [""]  # what does not fit is on lines of its own
-        reason = re.split(r'(?<="), ', details[0].strip())[0] if details else type(error).__name__
+    except Exception as error:  # each kind of damage raises a type of its own
+        found = re.search(
+            r"(Missing key|Unexpected key|size mismatch).*?(?=, \"|$)", str(error), re.M
+        )
+        reason = found[0] if found else f"no state dict can be read ({type(error).__name__})"
         raise ValueError(f"{path} is no checkpoint of this network: {reason}") from error
 
 
@@ -723,6 +718,7 @@ class Photos:
         return len(self.names)
 
     def __getitem__(self, index) -> "Photos":
+        index = index if isinstance(index, slice) else np.asarray(index)
         return Photos(self.root, self.names[index], self.size)
 
     def paths(self) -> list[str]:
@@ -731,9 +727,12 @@ class Photos:
     def decode(self, path: str) -> np.ndarray:  # (size, size, 3)
         try:
             with Image.open(path) as file:
+                if file.mode[0] in "IF":
+                    raise ValueError("its values do not fit into 8 bits")
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise OSError(f"cannot read the image {path}: mend or remove it") from error
+        except Exception as error:  # each kind of damage raises a type of its own
+            reason = " ".join(str(error).split())[:60]
+            raise OSError(f"cannot read the image {path} ({reason}): mend or remove it") from error
         (width, height), box = image.size, None
         if self.size < 384:
             x, y, side = width / 2, height / 2, min(width, height) * 7 / 16
@@ -748,11 +747,12 @@ def pixels(images: Tensor | Photos) -> Tensor:
     return torch.from_numpy(np.stack(list(map(images.decode, images.paths())))).permute(0, 3, 1, 2)
 
 
-def fingerprint(images: Tensor | Photos) -> int:
-    """A checksum of the pixels, or of the names, sizes and times of change of the files."""
+def fingerprint(images: Tensor | Photos, y: Tensor) -> int:
+    """Checksum of a split: class numbers and pixels, or the files' names, sizes and times."""
+    checksum = zlib.crc32(y.numpy())
     if isinstance(images, Tensor):
-        return zlib.crc32(images.contiguous().numpy())
-    checksum = zlib.crc32(images.names.tobytes())
+        return zlib.crc32(images.contiguous().numpy(), checksum)
+    checksum = zlib.crc32(images.names.tobytes(), checksum)
     for status in map(os.stat, images.paths()):
         checksum = zlib.crc32(b"%d %d" % (status.st_size, status.st_mtime_ns), checksum)
     return checksum
@@ -784,7 +784,8 @@ def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tenso
 
 def load_folders(root: str | Path, split: str, size: int) -> tuple[Photos, Tensor, list[str]]:
     """Photos in root/split/<class>/, of any kind that Pillow reads. OSError if there are none."""
-    folder, known = os.path.join(root, split), tuple(Image.registered_extensions())
+    folder, known = os.path.join(root, split), Image.registered_extensions()
+    known = tuple(ending for ending, kind in known.items() if kind in Image.OPEN)
     try:
         data = torchvision.datasets.DatasetFolder(folder, None, known)
     except OSError as error:
@@ -797,7 +798,7 @@ def load_folders(root: str | Path, split: str, size: int) -> tuple[Photos, Tenso
 
 def is_imagenet(names: list[str]) -> bool:
     """Whether these are ImageNet's 1000 folders, which, sorted, are in a checkpoint's order."""
-    return sum(bool(re.fullmatch(r"n\d{8}", name)) for name in names) == 1000
+    return len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 def balanced(y: Tensor, limit: int) -> Tensor:
@@ -812,9 +813,10 @@ def load_data(
     dataset: str, data_dir: str | Path, limit: int | None = None, image_size: int = 384
 ) -> SimpleNamespace:
     """The splits `train`, `val` and `test`, with at most `limit` examples each, balanced over the
-    classes, and the classes' `names`. `val` is taken from the training files, the same for all
-    seeds: a sixth of digits and MNIST, a tenth of the others, but at most 25,000. `test`: the
-    official test or validation files. Raises ValueError and what the loaders raise."""
+    classes; checksums of all three, `prints`; and the classes' `names`. `val` is taken from the
+    training files, the same for all seeds: a sixth of digits and MNIST, a tenth of the others, but
+    at most 25,000. `test`: the official test or validation files. Raises ValueError and what the
+    loaders raise."""
     if dataset == "digits":
         images, y = render_digits(14_000)
         train, test = (images[:12_000], y[:12_000]), (images[12_000:], y[12_000:])
@@ -833,15 +835,16 @@ def load_data(
         raise ValueError(f"--limit {limit}: the metrics need more than one example per class, "
                          f"and there are {len(names)} classes")  # fmt: skip
     n = len(train[1])
+    if n < 3:
+        raise ValueError(f"{n} training images are too few")
     n_val = n // 6 if dataset in ("digits", "mnist") else min(25_000, max(1, n // 10))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     parts = [(*train, order[n_val:]), (*train, order[:n_val]), (*test, torch.arange(len(test[1])))]
-    cut = []
-    for images, y, index in parts:
-        if limit:
-            index = index[balanced(y[index], limit)]
-        cut.append((images[index], y[index]))
-    return SimpleNamespace(train=cut[0], val=cut[1], test=cut[2], names=names)
+    if limit:
+        parts = [(images, y, i[balanced(y[i], limit)]) for images, y, i in parts]
+    train, val, test = ((images[index], y[index]) for images, y, index in parts)
+    prints = [fingerprint(*split) for split in (train, val, test)]
+    return SimpleNamespace(train=train, val=val, test=test, names=names, prints=prints)
 
 
 @torch.no_grad()
@@ -859,55 +862,47 @@ def trunk_features(
 ) -> Tensor:
     """trunk(images) [N, d], memory-mapped: read from `path`, or computed and left there.
 
-    A .crc file beside it holds a checksum for each block of 256 rows. What does not fit its
-    checksum is computed, be it missing, half written or damaged. So a pass may be killed at any
-    time, and processes may share one; blocks begin at fixed places, so that the result is the same
-    to the bit. Raises OSError for a full disk or a bad photo, FloatingPointError for features that
-    are not finite.
+    A .crc file beside it holds a checksum for each block of 64 rows. What does not fit its checksum
+    is computed, be it missing, half written or damaged. So a pass may be killed at any time, and
+    processes may share one; blocks begin at fixed places, so that the result is the same to the
+    bit. Raises OSError for a full disk or a bad photo, FloatingPointError for features that are not
+    finite.
     """
-    n, block, sums_path = len(images), 256, path.with_suffix(".crc")
-    starts = range(0, n, block)
-    while True:
+    n, block, sums_path = len(images), 64, path.with_suffix(".crc")
+    blocks = [slice(i, min(i + block, n)) for i in range(0, n, block)]
+    for _ in range(3):  # the file is made, filled and read
         try:
             x, sums = np.load(path, mmap_mode="c"), np.fromfile(sums_path, np.uint32)
-            if (len(x), x.dtype, len(sums)) != (n, dtype, len(starts)):
+            if (len(x), x.dtype, len(sums)) != (n, dtype, len(blocks)):
                 raise ValueError(f"{x.shape} {x.dtype}")
         except (OSError, ValueError, EOFError) as error:
             if path.exists():
                 print(f"{path} is not the file of this run ({error}): made again", file=sys.stderr)
                 path.unlink()
-            width = trunk(pixels(images[:1]).to(device)).shape[1]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(sums_path, lambda file: file.write(bytes(4 * len(starts))))
-            write_whole(path, lambda file, shape=(n, width): np.lib.format.open_memmap(
+            shape = n, trunk(pixels(images[:1]).to(device)).shape[1]
+            write_whole(sums_path, lambda file: file.write(bytes(4 * len(blocks))))
+            write_whole(path, lambda file, shape=shape: np.lib.format.open_memmap(
                 file.name, "w+", dtype, shape))  # fmt: skip
             continue
-        todo = [i for i in starts if zlib.crc32(x[i : i + block], key) != sums[i // block]]
-        if sums[np.array(todo, int) // block].any():
+        todo = [i for i, rows in enumerate(blocks) if zlib.crc32(x[rows], key) != sums[i]]
+        if sums[todo].any():
             print(f"{path} has damaged or foreign blocks: they are made again", file=sys.stderr)
-        todo = [i for i in todo if i // block % share[1] == share[0]]
+        todo = [i for i in todo if i % share[1] == share[0]]
         if not todo:
             return torch.from_numpy(x)
-        order = [
-            slice(i, min(i + batch_size, start + block, n))
-            for start in todo
-            for i in range(start, min(start + block, n), batch_size)
-        ]
         loader = torch.utils.data.DataLoader(
-            images, sampler=order, batch_size=None, collate_fn=pixels, pin_memory=device == "cuda",
-            num_workers=0 if isinstance(images, Tensor) else workers,
+            images, sampler=[blocks[i] for i in todo], batch_size=None, collate_fn=pixels,
+            num_workers=0 if isinstance(images, Tensor) else workers, pin_memory=device == "cuda",
         )  # fmt: skip
-        done = []
-        for index, batch in zip(order, progress(loader), strict=True):
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                done.append(trunk(batch.to(device, non_blocking=True)).float())
-            if index.stop == n or index.stop % block == 0:
-                h = torch.cat(done).cpu().to(getattr(torch, dtype)).numpy()
-                if not np.isfinite(h).all():
-                    raise FloatingPointError(f"features of the trunk are not finite in {dtype}")
-                start, done = (index.stop - 1) // block * block, []
-                write_at(path, x.offset + start * x.strides[0], h)
-                write_at(sums_path, start // block * 4, np.uint32(zlib.crc32(h, key)))
+        for i, photos in zip(todo, progress(loader), strict=True):
+            with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+                h = [trunk(part.to(device, non_blocking=True)) for part in photos.split(batch_size)]
+            h = torch.cat(h).float().cpu().to(getattr(torch, dtype)).numpy()
+            if not np.isfinite(h).all():
+                raise FloatingPointError(f"features of the trunk are not finite in {dtype}")
+            write_at(path, x.offset + blocks[i].start * x.strides[0], h)
+            write_at(sums_path, 4 * i, np.uint32(zlib.crc32(h, key)))
+    raise OSError(f"{path} does not keep what is written to it: use another --cache-dir")
 
 
 # === 7. Training ==================================================================================
@@ -957,29 +952,32 @@ def fit(
         some = batches(len(x), 4096, 1, seed)[0]
         variance = activations(model, layer, x, some)[0].var(0).mean()
     model.train()
-    net, share = model, slice(None)
+    net, rank, world = model, 0, 1
     if dist.is_initialized():
         net = nn.parallel.DistributedDataParallel(model)  # averages the gradients
-        share = slice(dist.get_rank(), None, dist.get_world_size())
+        rank, world = dist.get_rank(), dist.get_world_size()
     with capture(find_layer(model, layer)) as seen:
         for step, index in enumerate(progress(order), 1):
             batch = take(x, index, device)
             if augment:
                 batch = augment(batch, generator)  # the targets stay those of the clean images
-            logits, mine = net(batch[share]), index[share]
-            loss = task_loss = F.cross_entropy(logits, take(y, mine, device))
+            logits, mine = net(batch[rank::world]), index[rank::world]
+            loss = task_loss = F.cross_entropy(logits, take(y, mine, device), reduction="none")
             if targets is not None:
                 target = take(targets, mine, device)
                 if aux_loss == "mse":
-                    loss = loss + weight * F.mse_loss(seen.h, target) / variance
+                    loss = loss + weight * (seen.h - target).square().mean(1) / variance
                 else:
-                    loss = loss + weight * (1 - F.cosine_similarity(seen.h, target)).mean()
+                    loss = loss + weight * (1 - F.cosine_similarity(seen.h, target))
+            loss = loss.sum() * world / len(index)  # the mean over the batch, averaged over shares
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             epoch, rest = divmod(step * epochs, len(order))
-            if rest == 0 and not task_loss < 1e6:  # dead ReLUs can hold it at 1e9 for ever
-                reason = f"{task_loss:.3g} is not finite or over 1e6; lower the learning rate"
+            if rest == 0 and not task_loss.sum() < 1e6 * len(index):  # dead ReLUs can hold it there
+                reason = (
+                    f"{task_loss.mean():.3g} is not finite or over 1e6; lower the learning rate"
+                )
                 raise FloatingPointError(f"the loss diverged in epoch {epoch}: {reason}")
     model.eval()
 
@@ -1115,6 +1113,12 @@ def saeception(
 # results.json, clusters.png, features.png and checkpoint.pt are written whole or not at all
 
 
+# Set by torchrun. With --tune last each process makes its share of the trunk's features; rank 0
+# does all the rest, which is small. With --tune all each process does everything, but its share of
+# every batch in `fit`. Rank 0 alone prints and writes.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def table(rows: list[dict], heading: bool = True) -> str:
     """The rows of a state as text."""
     head = ("seed cycle         arm  accuracy  silhouette      DB    CH   ARI     U     L0   dead"
@@ -1204,6 +1208,7 @@ def write_whole(path: Path, write: Callable) -> None:
     """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
     part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             write(file)
             file.flush()
@@ -1213,7 +1218,8 @@ def write_whole(path: Path, write: Callable) -> None:
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"cannot write {path} ({reason}): make room, then use --resume") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def write_at(path: Path, place: int, data) -> None:
@@ -1226,9 +1232,9 @@ def write_at(path: Path, place: int, data) -> None:
         raise OSError(f"cannot write {path} ({error.strerror}): make room, start again") from error
 
 
-def save_run(folder: Path, config: dict, finished: list, seed: int, state: dict | None) -> None:
+def save_run(folder: Path, config: dict, saved: dict) -> None:
     """checkpoint.pt, from which --resume goes on, and results.json."""
-    checkpoint = {"config": config, "finished": finished, "seed": seed, "state": state}
+    checkpoint = {"config": config} | saved
     write_whole(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
     environment = {m.__name__: str(m.__version__) for m in (torch, torchvision, np)} | {
         "python": platform.python_version(),
@@ -1237,7 +1243,7 @@ def save_run(folder: Path, config: dict, finished: list, seed: int, state: dict 
         "gpu": torch.cuda.get_device_name() if config["device"] == "cuda" else None,
     }
     rows = [{key: value if value == value else None for key, value in row.items()}  # null for nan
-            for row in finished + (state["rows"] if state else [])]  # fmt: skip
+            for row in saved["finished"] + (saved["state"] or {"rows": []})["rows"]]  # fmt: skip
     results = {"config": config, "environment": environment, "rows": rows}
     text = json.dumps(results, indent=1, allow_nan=False)
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
@@ -1249,6 +1255,8 @@ def show_progress(steps, desc: str, size: int = 1, unit: str = "steps") -> Itera
     start = shown = time.perf_counter()
     for done, step in enumerate(steps, 1):
         yield step
+        if RANK:
+            continue
         now, live = time.perf_counter(), sys.stderr.isatty()
         if done == len(steps) or (live and now - shown > 0.2):
             shown, rate = now, done / (now - start)
@@ -1260,21 +1268,16 @@ def show_progress(steps, desc: str, size: int = 1, unit: str = "steps") -> Itera
 
 # === 10. Command line =============================================================================
 
-# Set by torchrun. With --tune last each process makes its share of the trunk's features; rank 0
-# does all the rest, which is small. With --tune all each process does everything, but its share of
-# every batch in `fit`. Rank 0 alone prints and writes.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | None]:
     """The settings, and with --resume the folder of the run and its checkpoint."""
 
     def number(kind, low, text):  # partial(number, int, 1) is an argparse type
         with contextlib.suppress(ValueError):
-            if low <= kind(text) < math.inf:
+            if low <= kind(text) < 2**31:
                 return kind(text)
         name = {int: "whole number", float: "number"}[kind]
-        raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low} up")
+        raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low} up to 2 billion")
 
     def error(message):  # one line, where argparse would print its usage first
         parser.exit(2, None if RANK else f"{parser.prog}: error: {message}\n")
@@ -1285,15 +1288,25 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error, flag, count = error, parser.add_argument, partial(number, int, 1)
+    place = os.path.expanduser
     flag("--dataset", choices=list(ARCHS), help="digits (the default) are rendered, not downloaded")
     flag("--cycles", type=partial(number, int, 0), help="rounds of SAE, sharpen, train, measure")
-    flag("--data-dir", help="where data sets lie or are downloaded to (default: data)")
-    flag("--out-dir", help="where each run makes its folder (default: runs)")
-    flag("--cache-dir", help="where features of the trunk are kept (default: DATA_DIR/features)")
+    flag("--data-dir", type=place, help="where data sets lie or are downloaded to (default: data)")
+    flag("--out-dir", type=place, help="where each run makes its folder (default: runs)")
+    flag(
+        "--cache-dir",
+        type=place,
+        help="where features of the trunk are kept (default: DATA_DIR/features)",
+    )
     archs = "; ".join(f"{name}: {', '.join(archs)}" for name, archs in ARCHS.items())
     flag("--arch", choices=sum(ARCHS.values(), []), metavar="ARCH", help=archs)
     flag("--image-size", type=count, help="side to which images are resized, for ViT and ConvNeXt")
-    flag("--weights", metavar="{auto,none,PATH}", help="pretrained weights; auto downloads them")
+    flag(
+        "--weights",
+        type=place,
+        metavar="{auto,none,PATH}",
+        help="pretrained weights; auto downloads them",
+    )
     flag("--tune", choices=["last", "all"], help="train what is behind the trunk, or the trunk too")
     flag("--layer", help="name of the layer whose output is h")
     flag("--top-k", type=count, help="features that each class keeps")
@@ -1319,15 +1332,21 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     device = given.get("device", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not getattr(torch, device).is_available():
+    found = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not found[device]:
         error(f"--device {device}: torch finds none on this machine; use --device cpu")
     dataset, folder, saved = given.get("dataset", "digits"), given.pop("resume", None), None
-    here = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": os.cpu_count()}
+    workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    here = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": workers}
     config = here | {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
     row, train = dataset, Path(given.get("data_dir", "data"), "train")
     if given.get("arch") == "vit_tiny":
         row = "vit_tiny"
-    elif row == "imagenet" and train.is_dir() and not is_imagenet(os.listdir(train)):
+    elif row == "imagenet" and not is_imagenet([path.name for path in train.glob("*/")]):
         row = "folders"
     config |= {"limit": None} | DEFAULTS[row]
     if folder:
@@ -1336,7 +1355,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
             old = saved.pop("config")
             if old.keys() != config.keys() | {"device"}:
                 raise KeyError("config")
-        except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.PickleError):
+        except Exception:  # each kind of damage raises a type of its own
             error(f"--resume: {folder} is no run folder: it has no readable checkpoint.pt")
         for key in given.keys() - here.keys() - {"device"}:
             if given[key] != old[key]:
@@ -1352,6 +1371,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     if config["arch"] not in ARCHS[config["dataset"]]:
         names = ", ".join(ARCHS[config["dataset"]])
         error(f"--arch {config['arch']} is not for --dataset {config['dataset']}; choose {names}")
+    if config["dataset"] == "imagenet" and config["image_size"] < 32:
+        error("--image-size must be at least 32 for ConvNeXt")
     if config["dataset"] == "imagenet" and config["tune"] == "all":
         error("--tune all keeps all images in memory: it is for digits, mnist and cifar10")
     return config, folder, saved
@@ -1360,61 +1381,58 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
 def build(config: dict, names: list[str], seed: int) -> tuple:
     """Trunk, model, and whether the model can classify before any training. With --tune all the
     trunk is a part of the model."""
-    arch, weights, keep = config["arch"], config["weights"], False
+    arch, weights, kept_head = config["arch"], config["weights"], False
     torch.manual_seed(seed if config["tune"] == "all" else 0)  # features serve all seeds
     if arch == "mlp":
         trunk, model, _ = mnist_mlp(len(names))
     elif arch.startswith("vit"):
         trunk, model, _ = cifar10_vit(arch, config["image_size"], len(names), weights)
     else:
-        keep = is_imagenet(names)
-        trunk, model, _ = imagenet_convnext(arch, None if keep else len(names), weights)
+        kept_head = is_imagenet(names)
+        trunk, model, _ = imagenet_convnext(arch, None if kept_head else len(names), weights)
     if config["tune"] == "all":
         model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
     find_layer(model, config["layer"])
-    return trunk, model, keep and weights != "none"
+    return trunk, model, kept_head and weights != "none"
 
 
-def cached_splits(config: dict, trunk: nn.Module, splits: dict, share=(0, 1)) -> dict:
-    """The splits with the trunk's features for images, from --cache-dir or computed."""
+def cached_splits(config: dict, trunk, data: SimpleNamespace, share=(0, 1)) -> list[tuple]:
+    """The three splits with the trunk's features for images, from --cache-dir or computed."""
     device, weights = config["device"], config["weights"]
-    about = {key: config[key] for key in ("dataset", "arch", "image_size", "weights")}
+    about = {name: config[name] for name in ("dataset", "arch", "image_size", "weights")}
     if weights not in ("auto", "none"):
         status = os.stat(weights)
         about["weights"] = [str(Path(weights).resolve()), status.st_size, status.st_mtime_ns]
     about["bfloat16"] = device == "cuda"
     folder = Path(config["cache_dir"] or Path(config["data_dir"], "features"))
-    dtype = "float16" if len(splits["train"][1]) > 200_000 else "float32"
-    trunk, done = trunk.to(device).eval().requires_grad_(False), {}
-    for split, (images, y) in splits.items():
-        about |= {"split": split, "images": fingerprint(images)}
-        key = zlib.crc32(json.dumps(about).encode())
+    dtype = "float16" if len(data.train[1]) > 200_000 else "float32"
+    trunk, splits = trunk.to(device).eval().requires_grad_(False), []
+    for split, checksum in zip(("train", "val", "test"), data.prints, strict=True):
+        images, y = getattr(data, split)
+        key = zlib.crc32(json.dumps(about | {"split": split, "images": checksum}).encode())
         path = folder / f"{config['dataset']}-{config['arch']}-{split}-{key:08x}.npy"
-        size, workers = config["batch_size"], config["workers"]
-        bar = partial(show_progress, desc=f"trunk, {split} split", size=size, unit="images")
-        options = {"batch_size": size, "workers": workers, "share": share}
-        options["progress"] = iter if share[0] else bar
-        done[split] = trunk_features(trunk, images, path, key, dtype, device, **options), y
-    return done
+        bar = partial(show_progress, desc=f"trunk, {split} split", size=64, unit="images")
+        options = config["batch_size"], config["workers"], share, bar
+        splits.append((trunk_features(trunk, images, path, key, dtype, device, *options), y))
+    return splits
 
 
 def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: dict) -> None:
     """Every seed, from where `saved` stands: prints the table, fills the folder."""
     trunk, model, pretrained = parts
     device, tune_all = config["device"], config["tune"] == "all"
-    splits = {"train": data.train, "val": data.val, "test": data.test}
     if not tune_all and WORLD > 1:
-        cached_splits(config, trunk, splits, share=(RANK, WORLD))
+        cached_splits(config, trunk, data, share=(RANK, WORLD))
         dist.barrier()
         dist.destroy_process_group()
         if RANK:
             return
-    if not tune_all:
-        splits = cached_splits(config, trunk, splits)
-    large = device == "cuda" and splits["train"][0].nbytes > torch.cuda.mem_get_info()[0] / 2
-    train, val, test = ((x if large else x.to(device), y.to(device)) for x, y in splits.values())
+    splits = [data.train, data.val, data.test] if tune_all else cached_splits(config, trunk, data)
+    large = device == "cuda" and splits[0][0].nbytes > torch.cuda.mem_get_info()[0] / 2
+    train, val, test = ((x if large else x.to(device), y.to(device)) for x, y in splits)
+    activations(model.to(device), config["layer"], train[0], slice(2))  # a bad layer shows here
     rules = arm_rules(len(data.names), config["top_k"])
-    fit_options = {key: config[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
+    fit_options = {name: config[name] for name in ("aux_loss", "epochs", "batch_size", "lr")}
     if tune_all and config["dataset"] == "cifar10":
         fit_options["augment"] = flip_and_shift
     options = {
@@ -1426,28 +1444,30 @@ def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: 
         "pretrained": pretrained,
         "fit_options": fit_options,
         "sae_options": {"l1": config["l1"], "epochs": config["sae_epochs"]},
-        "progress": (lambda steps, desc: steps) if RANK else show_progress,
+        "progress": show_progress,
     }
     finished, state, seeds = saved["finished"], saved["state"], config["seeds"]
-    say = (lambda text: None) if RANK else partial(print, flush=True)
-    say(table(finished + (state["rows"] if state else [])))
+    print(table(finished + (state["rows"] if state else [])), flush=True)
     if not RANK and test[1].bincount().max() < 2:
         print("one test image per class: nan where silhouette and others are not defined",
               file=sys.stderr)  # fmt: skip
     for seed in seeds[seeds.index(saved["seed"]) :]:
-        if tune_all:
+        if tune_all and seed != saved["seed"]:
             _, model, _ = build(config, data.names, seed)
         setting = (model.to(device), config["layer"], train, test)
         for now in saeception(*setting, val=val, seed=seed, state=state, **options):
             state = now
             if not RANK:
-                save_run(folder, config, finished, seed, state)
-            say(table([r for r in state["rows"] if r["cycle"] == state["cycle"]], heading=False))
+                save_run(
+                    folder, config, saved | {"seed": seed, "state": state, "finished": finished}
+                )
+            new = [row for row in state["rows"] if row["cycle"] == state["cycle"]]
+            print(table(new, heading=False), flush=True)
         if seed == seeds[0] and not RANK:
             draw_run(folder, *setting, data, state)
         finished, state = finished + state["rows"], None
+    print(summary(finished), end="")
     if not RANK:
-        print(summary(finished), end="")
         print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
 
 
@@ -1487,33 +1507,47 @@ def main(argv: list[str] | None = None) -> int:
         if WORLD > 1 and not local:
             dist.barrier()
         if saved is None:
-            saved = {"finished": [], "seed": config["seeds"][0], "state": None}
+            saved = {"finished": [], "seed": config["seeds"][0], "state": None, "data": data.prints}
             now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # to the millisecond: always a new one
             folder = Path(config["out_dir"], f"{config['dataset']}-{now}")
+        elif saved["data"] != data.prints:
+            raise ValueError(
+                f"--resume: the images in {config['data_dir']} are not those of the run"
+            )
         if RANK == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_run(folder, config, **saved)  # --resume works from here on; results.json is whole
-        run(config, data, parts, folder, saved)
+            save_run(folder, config, saved)  # --resume works from here on; results.json is whole
+        with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
+            run(config, data, parts, folder, saved)
         return 0
-    except (KeyboardInterrupt, ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("TRACEBACK"):  # for who changes this file
+            raise
         status = 2 if isinstance(error, ValueError) else 1
         reason = str(error).strip().rpartition("\n")[2]  # the last line of what a worker says
+        reason = reason.removeprefix("OSError: ") or type(error).__name__
+        hint = f"; what is finished is in {folder}"
         if isinstance(error, KeyboardInterrupt):
             reason, status = "interrupted", 130
-        elif isinstance(error, torch.cuda.OutOfMemoryError):
+        if isinstance(error, torch.cuda.OutOfMemoryError):
             smaller = max(1, config["batch_size"] // 2)
             reason = f"the GPU has too little memory; try --batch-size {smaller}"
         elif isinstance(error, RuntimeError) and WORLD > 1:
-            reason = f"another process of this run stopped ({reason[:80]}); start all of them again"
-        elif isinstance(error, RuntimeError):
-            raise
-        if folder and folder.exists():
-            reason += f"; go on with: python saeception.py --resume {folder}"
+            reason = (
+                f"this or another process of the run failed ({reason}); start all of them again"
+            )
+        elif isinstance(error, OSError | KeyboardInterrupt):
+            hint = f"; go on with: python saeception.py --resume {folder}"
+        elif not isinstance(error, ValueError | FloatingPointError):
+            reason = (
+                f"{type(error).__name__}: {reason} (TRACEBACK=1 in the environment tells where)"
+            )
+        hint = hint if folder and folder.exists() else ""
         if not RANK or status == 1:  # a bad argument is the same for all
-            print(f"saeception.py: error: {reason}", file=sys.stderr)
+            print(f"saeception.py: error: {reason}{hint}", file=sys.stderr)
         return status
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not have the ±
     sys.exit(main())

@@ -611,7 +611,12 @@ def test_checkpoint_that_does_not_fit(tmp_path):
     torch.save(tiny_vit(32).state_dict(), path)
     with pytest.raises(ValueError, match='Missing key.*"features.0.0.weight"'):
         S.imagenet_convnext("convnextv2_atto", None, str(path))
-    for content in (b"", b"no weights", path.read_bytes()[:5000]):
+    assert not S.is_imagenet([f"n{i:08}" for i in range(1000)] + ["background"])
+    half = {name: value.half() for name, value in tiny_vit(32).state_dict().items()}
+    torch.save(half, path)
+    trunk, model, _ = S.cifar10_vit("vit_tiny", 32, 10, str(path))
+    assert model(trunk(random_images(2, 32))).dtype == torch.float32
+    for content in (b"", b"no weights", b"text\n", path.read_bytes()[:5000]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is no checkpoint"):
             S.cifar10_vit("vit_tiny", 32, 10, str(path))
@@ -730,6 +735,10 @@ def test_photos_are_decoded_cropped_and_named(tmp_path):
         S.pixels(S.Photos(str(tmp_path), np.array([b"frame.png"]), size)) for size in (70, 384)
     )
     assert cut.max() < 60 and whole.max() == 255
+    assert len(S.pixels(data.test[0][torch.tensor([5])])) == 1
+    Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(OSError, match="deep.png .its values do not fit into 8 bits"):
+        S.pixels(S.Photos(str(tmp_path), np.array([b"deep.png"]), 32))
     bad = tmp_path / "train" / "dog" / "00a.JPEG"
     bad.write_bytes(bad.read_bytes()[:300])
     with pytest.raises(OSError, match="cannot read the image .*00a.JPEG"):
@@ -786,7 +795,7 @@ def test_cached_features(tmp_path, capsys):
         path.write_bytes(data)
         trunk.seen = 0
         assert torch.equal(S.trunk_features(trunk, images, path), x)
-        assert trunk.seen == (76 if start == 1099 else 256) and path.read_bytes() == whole
+        assert trunk.seen == (12 if start == 1099 else 64) and path.read_bytes() == whole
         assert "damaged" in capsys.readouterr().err
     for data in (whole[:-9], b"foreign", b""):
         path.write_bytes(data)
@@ -813,13 +822,13 @@ def test_interrupted_and_shared_trunk_pass(tmp_path):
             S.trunk_features(trunk, images, path)
     trunk.seen, trunk.stop = 0, None
     x = S.trunk_features(trunk, images, path)
-    assert trunk.seen == 1100 - 3 * 256 and torch.equal(x, whole)
+    assert trunk.seen == 1100 - (1 + 4 + 10) * 64 and torch.equal(x, whole)
     assert path.read_bytes() == (tmp_path / "whole.npy").read_bytes()
     path = tmp_path / "shared.npy"
     for rank in (1, 0):
         trunk.seen = 0
         S.trunk_features(trunk, images, path, share=(rank, 2))
-        assert trunk.seen == (1 if rank else 0) + (512 if rank else 588)
+        assert trunk.seen == (1 + 8 * 64 + 12 if rank else 9 * 64)  # one more gives the width
     trunk.seen = 0
     assert torch.equal(S.trunk_features(trunk, images, path), whole) and trunk.seen == 0
 
@@ -1170,6 +1179,33 @@ def test_killed_and_resumed(tmp_path, capsys):
             assert a.size == b.size
 
 
+def test_resume_notices_other_data(tmp_path, capsys):
+    data = write_photos(tmp_path / "data")
+    folder = run(capsys, tmp_path / "runs", *PHOTOS, "--data-dir", data)[3]
+    assert run(capsys, tmp_path / "runs", "--resume", folder)[0] == 0
+    photo = data / "train" / "cat" / "05f.PNG"
+    photo.write_bytes((data / "train" / "cat" / "04e.webp").read_bytes())
+    status, _, err, _ = run(capsys, tmp_path / "runs", "--resume", folder)
+    assert status == 2 and "are not those of the run" in err and len(err.splitlines()) == 1
+
+
+def test_any_model_can_have_its_trunk_cached(tmp_path, capsys):
+    flags = ["--tune", "last", "--cycles", 1, *SMALL, "--cache-dir", tmp_path / "cache"]
+    cached = run(capsys, tmp_path / "runs", *flags)
+    whole = run(capsys, tmp_path / "runs", *flags, "--tune", "all")
+    assert cached[0] == 0 and cached[2].count("trunk, ") == 3 and "damaged" not in cached[2]
+    assert_close_rows(rows_of(cached[3]), rows_of(whole[3]))
+
+
+def test_a_full_cache_folder_and_one_that_forgets(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write .*file"):
+        S.trunk_features(Trunk(), random_images(9, 4), tmp_path / "file" / "f.npy")
+    monkeypatch.setattr(S, "write_at", lambda *args: None)
+    with pytest.raises(OSError, match="does not keep what is written"):
+        S.trunk_features(Trunk(), random_images(9, 4), tmp_path / "f.npy")
+
+
 VIT = """--dataset cifar10 --arch vit_tiny --cycles 1 --epochs 2 --sae-epochs 2 --d-sae 64
     --batch-size 40""".split()
 
@@ -1291,7 +1327,7 @@ def assert_close_rows(rows, others):
 
 
 def test_two_processes_train_like_one(tmp_path, capsys):
-    flags = ["--cycles", 1, *SMALL]
+    flags = ["--cycles", 1, *SMALL, "--batch-size", 27]  # 14 and 13 each
     alone = run(capsys, tmp_path / "alone", *flags, "--device", "cpu")
     process = torchrun(tmp_path, "two", *flags)
     out, err = process.communicate(timeout=120)
@@ -1331,7 +1367,7 @@ def test_a_process_that_dies_stops_the_others(tmp_path):
     os.kill(found[b"RANK=1"], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "another process of this run stopped" in err or "interrupted" in err
+    assert "another process of the run failed" in err or "interrupted" in err
     assert 'saeception.py", line' not in err  # no traceback of ours
 
 
@@ -1376,7 +1412,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         ("--top-k 0", 2, "0 is not a whole number from 1 up"),
         ("--top-k 257", 2, "--top-k 257 is over the number of features, 256"),
         ("--sae topk --sae-k 300", 2, "--sae-k 300"),
-        ("--layer nosuch", 2, "the layers are trunk, flatten, fc1, relu1, fc2, relu2, head"),
+        (
+            "--layer nosuch",
+            2,
+            "the layers are trunk, trunk.0, trunk.1, fc1, relu1, fc2, relu2, head",
+        ),
         ("--limit 10", 2, "--limit 10"),
         ("--resume .", 2, "no run folder"),
         ("--lr 1e9 --limit 5000", 1, "cycle 0 baseline: the loss diverged in epoch"),
