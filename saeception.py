@@ -93,6 +93,10 @@ def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
     return [batch for order in orders for batch in order[: n // size * size].split(size)]
 
 
+# ImageNet's activations are 8 GB in float32, and the targets are as large. Through the next two all
+# stages read them in batches, and keep them only where they are small.
+
+
 def take(x: "Tensor | Rows", index, device) -> Tensor:
     """x[index] on `device`, whose memory may be too small for x; any floats become float32."""
     rows = x[index].to(device)
@@ -616,10 +620,10 @@ def imagenet_convnext(
         kind = "im1k/{}_1k_224_ema" if depth == 6 else "im22k/{}_22k_384_ema"
         url = f"https://dl.fbaipublicfiles.com/convnext/convnextv2/{kind.format(arch)}.pt"
 
-        def translate(state):  # with or without its head
-            state = dict(torchvision_name(*entry) for entry in state.items())
-            unused = "classifier.2." if n_classes else "nothing"
-            return {key: v for key, v in state.items() if not key.startswith(unused)}
+        def translate(state):  # with or without its head; GRN's are [1, 1, 1, C] there
+            state = {key: v.flatten() if ".grn." in key else v for key, v in state.items()}
+            return {torchvision_name(key): v for key, v in state.items()
+                    if not (n_classes and key.startswith("head."))}  # fmt: skip
 
         load_weights(net, weights, url, translate)
     net = net.to(memory_format=torch.channels_last)
@@ -629,19 +633,16 @@ def imagenet_convnext(
     return trunk, nn.Sequential(OrderedDict(norm=norm, head=head)), "norm"
 
 
-def torchvision_name(name: str, value: Tensor) -> tuple[str, Tensor]:
+def torchvision_name(name: str) -> str:
     """An entry of an official ConvNeXt-V2 checkpoint as torchvision's ConvNeXt calls it."""
     place = {"dwconv": 0, "norm": 2, "pwconv1": 3, "grn": 5, "pwconv2": 6}
-    kind, *rest = name.split(".")
-    if kind == "stages" and len(rest) == 4 and rest[2] in place:  # stages.0.1.grn.gamma
-        stage, block, layer, parameter = rest
-        value = value.flatten() if layer == "grn" else value
-        name = f"features.{2 * int(stage) + 1}.{block}.block.{place[layer]}.{parameter}"
-    elif kind == "downsample_layers":
-        name = ".".join(["features", str(2 * int(rest[0])), *rest[1:]])
-    elif kind in ("norm", "head"):
-        name = ".".join(["classifier", "0" if kind == "norm" else "2", *rest])
-    return name, value
+
+    def in_block(m):  # stages.0.1.grn.gamma
+        return f"features.{2 * int(m[1]) + 1}.{m[2]}.block.{place.get(m[3], m[3])}"
+
+    name = re.sub(r"^stages\.(\d)\.(\d+)\.(\w+)", in_block, name)
+    name = re.sub(r"^downsample_layers\.(\d)", lambda m: f"features.{2 * int(m[1])}", name)
+    return re.sub("^norm", "classifier.0", re.sub("^head", "classifier.2", name))
 
 
 def load_weights(net: nn.Module, weights: str, url: str, translate: Callable) -> None:
@@ -1216,7 +1217,9 @@ def write_whole(path: Path, write: Callable) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
         reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"cannot write {path} ({reason}): make room, then use --resume") from error
+        raise OSError(
+            f"cannot write {path} ({reason}): make room, or name another folder"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -1229,7 +1232,7 @@ def write_at(path: Path, place: int, data) -> None:
             file.seek(place)
             file.write(data)
     except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): make room, start again") from error
+        raise OSError(f"cannot write {path} ({error.strerror}): make room") from error
 
 
 def save_run(folder: Path, config: dict, saved: dict) -> None:
@@ -1341,8 +1344,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
         error(f"--device {device}: torch finds none on this machine; use --device cpu")
     dataset, folder, saved = given.get("dataset", "digits"), given.pop("resume", None), None
     workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    here = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": workers}
-    config = here | {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
+    movable = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": workers}
+    config = movable | {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
     row, train = dataset, Path(given.get("data_dir", "data"), "train")
     if given.get("arch") == "vit_tiny":
         row = "vit_tiny"
@@ -1357,7 +1360,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
                 raise KeyError("config")
         except Exception:  # each kind of damage raises a type of its own
             error(f"--resume: {folder} is no run folder: it has no readable checkpoint.pt")
-        for key in given.keys() - here.keys() - {"device"}:
+        for key in given.keys() - movable.keys() - {"device"}:
             if given[key] != old[key]:
                 name = "--" + key.replace("_", "-")
                 error(f"--resume: {folder} was run with {name} {old[key]}; leave {name} out")
@@ -1428,8 +1431,8 @@ def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: 
         if RANK:
             return
     splits = [data.train, data.val, data.test] if tune_all else cached_splits(config, trunk, data)
-    large = device == "cuda" and splits[0][0].nbytes > torch.cuda.mem_get_info()[0] / 2
-    train, val, test = ((x if large else x.to(device), y.to(device)) for x, y in splits)
+    stays = device == "cuda" and splits[0][0].nbytes > torch.cuda.mem_get_info()[0] / 2
+    train, val, test = ((x if stays else x.to(device), y.to(device)) for x, y in splits)
     activations(model.to(device), config["layer"], train[0], slice(2))  # a bad layer shows here
     rules = arm_rules(len(data.names), config["top_k"])
     fit_options = {name: config[name] for name in ("aux_loss", "epochs", "batch_size", "lr")}
