@@ -56,9 +56,8 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-# Digits and MNIST: chosen on validation rows, never on the test set (README, "Ablations, and how the
-# defaults were chosen"). ViT-H and ConvNeXt-V2: k, SAE size and epochs of the paper, the rest not
-# tuned; nor is vit_tiny.
+# Digits and MNIST: chosen on validation rows, never on the test set (README, "Ablations").
+# ViT-H and ConvNeXt-V2: k, SAE size and epochs of the paper, the rest not tuned; nor is vit_tiny.
 # fmt: off
 COMMON = dict(cycles=3, top_k=25, aux_loss="mse", sae="l1", weights="auto")
 MLP = COMMON | dict(arch="mlp", image_size=28, tune="all", layer="relu1", batch_size=128, lr=2e-3,
