@@ -1272,8 +1272,8 @@ def show_progress(steps, desc: str, size: int = 1, unit: str = "steps") -> Itera
 # === 10. Command line =============================================================================
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | None]:
-    """The settings, and with --resume the folder of the run and its checkpoint."""
+def make_parser() -> argparse.ArgumentParser:
+    """Every option of the command line."""
 
     def number(kind, low, text):  # partial(number, int, 1) is an argparse type
         with contextlib.suppress(ValueError):
@@ -1296,20 +1296,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     flag("--cycles", type=partial(number, int, 0), help="rounds of SAE, sharpen, train, measure")
     flag("--data-dir", type=place, help="where data sets lie or are downloaded to (default: data)")
     flag("--out-dir", type=place, help="where each run makes its folder (default: runs)")
-    flag(
-        "--cache-dir",
-        type=place,
-        help="where features of the trunk are kept (default: DATA_DIR/features)",
-    )
+    flag("--cache-dir", type=place, help="for features of the trunk (default: DATA_DIR/features)")
     archs = "; ".join(f"{name}: {', '.join(archs)}" for name, archs in ARCHS.items())
     flag("--arch", choices=sum(ARCHS.values(), []), metavar="ARCH", help=archs)
     flag("--image-size", type=count, help="side to which images are resized, for ViT and ConvNeXt")
-    flag(
-        "--weights",
-        type=place,
-        metavar="{auto,none,PATH}",
-        help="pretrained weights; auto downloads them",
-    )
+    flag("--weights", type=place, metavar="{auto,none,PATH}", help="pretrained; auto: downloaded")
     flag("--tune", choices=["last", "all"], help="train what is behind the trunk, or the trunk too")
     flag("--layer", help="name of the layer whose output is h")
     flag("--top-k", type=count, help="features that each class keeps")
@@ -1327,20 +1318,21 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     flag("--arms", choices=list(arm_rules(1, 1)), nargs="+", help="default: sae-ception control")
     flag("--limit", type=count, help="examples per split, balanced over the classes (default: all)")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], help="auto (the default): cuda or cpu")
-    flag("--workers", type=partial(number, int, 0), help="processes that decode photos (default: "
-         "one per core)")  # fmt: skip
+    flag("--workers", type=partial(number, int, 0), help="decode photos (default: one per core)")
     flag("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | None]:
+    """The settings, and with --resume the folder of the run and its checkpoint."""
+    parser = make_parser()
+    error = parser.error
     given = {key: v for key, v in vars(parser.parse_args(argv)).items() if v is not None}
 
-    device = given.get("device", "auto")
+    device, cuda = given.get("device", "auto"), torch.cuda.is_available()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not found[device]:
+        device = "cuda" if cuda else "cpu"
+    if not {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[device]:
         error(f"--device {device}: torch finds none on this machine; use --device cpu")
     dataset, folder, saved = given.get("dataset", "digits"), given.pop("resume", None), None
     workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -1349,7 +1341,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     row, train = dataset, Path(given.get("data_dir", "data"), "train")
     if given.get("arch") == "vit_tiny":
         row = "vit_tiny"
-    elif row == "imagenet" and not is_imagenet([path.name for path in train.glob("*/")]):
+    elif row == "imagenet" and not is_imagenet([p.name for p in train.glob("*") if p.is_dir()]):
         row = "folders"
     config |= {"limit": None} | DEFAULTS[row]
     if folder:
