@@ -838,7 +838,7 @@ def load_data(
     n = len(train[1])
     if n < 3:
         raise ValueError(f"{n} training images are too few")
-    n_val = n // 6 if dataset in ("digits", "mnist") else min(25_000, max(1, n // 10))
+    n_val = max(1, n // 6 if dataset in ("digits", "mnist") else min(25_000, n // 10))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     parts = [(*train, order[n_val:]), (*train, order[:n_val]), (*test, torch.arange(len(test[1])))]
     if limit:
