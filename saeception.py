@@ -669,9 +669,8 @@ def load_weights(net: nn.Module, weights: str, url: str, translate: Callable) ->
     except FileNotFoundError as error:
         raise ValueError(f"--weights {weights}: there is no such file") from error
     except Exception as error:  # each kind of damage raises a type of its own
-        found = re.search(
-            r"(Missing key|Unexpected key|size mismatch).*?(?=, \"|$)", str(error), re.M
-        )
+        kinds = "Missing key|Unexpected key|size mismatch"
+        found = re.search(rf'({kinds}).*?(?=, "|$)', str(error), re.M)
         reason = found[0] if found else f"no state dict can be read ({type(error).__name__})"
         raise ValueError(f"{path} is no checkpoint of this network: {reason}") from error
 
@@ -865,9 +864,9 @@ def trunk_features(
 
     A .crc file beside it holds a checksum for each block of 64 rows. What does not fit its checksum
     is computed, be it missing, half written or damaged. So a pass may be killed at any time, and
-    processes may share one; blocks begin at fixed places, so that the result is the same to the
-    bit. Raises OSError for a full disk or a bad photo, FloatingPointError for features that are not
-    finite.
+    processes may share one; blocks begin at fixed places, so that with the same `batch_size` the
+    result is the same to the bit. Raises OSError for a full disk or a bad photo, FloatingPointError
+    for features that are not finite.
     """
     n, block, sums_path = len(images), 64, path.with_suffix(".crc")
     blocks = [slice(i, min(i + block, n)) for i in range(0, n, block)]
@@ -976,9 +975,7 @@ def fit(
             optimizer.step()
             epoch, rest = divmod(step * epochs, len(order))
             if rest == 0 and not task_loss.sum() < 1e6 * len(index):  # dead ReLUs can hold it there
-                reason = (
-                    f"{task_loss.mean():.3g} is not finite or over 1e6; lower the learning rate"
-                )
+                reason = f"{task_loss.mean():.3g} is not finite or over 1e6; lower the rate"
                 raise FloatingPointError(f"the loss diverged in epoch {epoch}: {reason}")
     model.eval()
 
@@ -1002,13 +999,17 @@ def class_mean_targets(h: Tensor, y: Tensor, n_classes: int) -> Tensor | Rows:
     return Rows(len(h), lambda i: mean[y[i]]).kept()
 
 
+def codes(sae, h: Tensor) -> Tensor:
+    """z [N, d_sae] of all rows of h, encoded in chunks: what arises on the way is larger still."""
+    return Rows(len(h), lambda index: sae.encode(h[index])).kept(max_bytes=math.inf)
+
+
 @torch.no_grad()
 def measure(model, layer: str, sae, x: Tensor, y: Tensor, full: bool = True) -> dict[str, float]:
     """Accuracy of the model and separation of the SAE's features z by class; where `full`, also
     the quality of the SAE and the separation of h itself."""
     h, logits = activations(model, layer, x)
-    z = Rows(len(h), lambda i: sae.encode(h[i])).kept(max_bytes=math.inf)
-    y = y.to(h.device)
+    z, y = codes(sae, h), y.to(h.device)
 
     def score(metric, points):  # undefined where, say, each point has a class of its own
         return metric(points, y) if 2 <= len(y.unique()) < len(y) else math.nan
@@ -1477,8 +1478,7 @@ def draw_run(folder: Path, model, layer: str, train, test, data, state: dict) ->
         if arm == arms[:2][-1]:  # the first behind the baseline
             before = layer_output(net, layer, train[0])
             mean = class_mean(before, train[1], len(data.names), sae.encode).cpu()
-            z = torch.cat([sae.encode(part) for part in h.split(2048)])
-            features = draw_features(z, *data.test, mean, data.names)
+            features = draw_features(codes(sae, h), *data.test, mean, data.names)
     clusters = draw_clusters(panels, data.test[1][shown], data.names)
     write_whole(folder / "clusters.png", lambda file: clusters.save(file, "PNG"))
     write_whole(folder / "features.png", lambda file: features.save(file, "PNG"))
