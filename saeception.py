@@ -146,12 +146,13 @@ class SparseAutoencoder(nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.T.clone())  # tied at the start, free afterwards
+        self.W_enc = nn.Parameter(directions.T.contiguous())  # tied at the start, free afterwards
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     def encode(self, h: Tensor) -> Tensor:  # (..., d_in) -> (..., d_sae)
-        z = F.relu((h - self.b_dec) @ self.W_enc + self.b_enc)
+        # What b_dec could learn here b_enc can, without one more product as large as the others.
+        z = F.relu((h - self.b_dec.detach()) @ self.W_enc + self.b_enc)
         if self.k is None:
             return z
         top = z.topk(self.k, dim=-1)
@@ -206,27 +207,28 @@ def train_sae(
     order = batches(n, batch_size, epochs, seed)
     # As in Bricken et al., dead features are revived four times in the first half of training.
     window = max(1, len(order) // 8)
-    fired = torch.zeros(d_sae, dtype=torch.bool, device=device)
+    usage = torch.zeros(d_sae, device=device)
     for step, index in enumerate(progress(order), 1):
         # The last fifth of the steps takes the learning rate to zero: less noise, lower error.
         optimizer.param_groups[0]["lr"] = lr * min(1, 5 * (1 - step / len(order)))
         batch = take(h, index, device) * scale  # (B, d_in)
         h_hat, z = sae(batch)
         error = (h_hat - batch).square().sum(1)  # (B,)
-        loss = error.mean() + (l1 * z.sum(1).mean() if k is None else 0)
+        used = z.sum(0)  # (d_sae,)
+        loss = error.mean() + (l1 * used.sum() / len(batch) if k is None else 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             # Without unit rows, a small z and a large W_dec would get around the L1 term.
-            sae.W_dec.data = F.normalize(sae.W_dec, dim=1)
-            fired |= (z > 0).any(0)
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+            usage += used
             if step % window == 0 or step == len(order):
                 if not loss.isfinite():
                     raise FloatingPointError(f"the loss of the SAE is not finite at step {step}")
                 if step <= 4 * window:
-                    resample(sae, optimizer, ~fired, batch, error, generator)
-                fired.zero_()
+                    resample(sae, optimizer, usage == 0, batch, error, generator)
+                usage.zero_()
     sae.b_enc.data /= scale
     sae.b_dec.data /= scale
     return sae.requires_grad_(False)
@@ -355,64 +357,67 @@ def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, k: int) -> Tens
 # Davies-Bouldin = mean over i of max over j of (spread_i + spread_j) / distance(centre_i, centre_j)
 
 
-def _clusters(x: Tensor, labels: Tensor, chunk: int) -> tuple:
-    """Checked points, as (slice, centred float64 [chunk, D], one-hot [chunk, C]) read by number of
-    the chunk; how many chunks; labels as 0..C-1 [N]; sizes of the clusters [C]."""
-    # Distances come from |a|^2 + |b|^2 - 2 a.b. For points close together and far from the origin
-    # float32 would have no digits left. Apple's mps has no float64: there the CPU does it.
+def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Points x [N, D], checked; their float64 mean [D]; labels as 0..C-1 [N]; cluster sizes [C]."""
     x = torch.as_tensor(x)
-    x = x.cpu() if x.device.type == "mps" else x
+    x = x.cpu() if x.device.type == "mps" else x  # Apple's mps has no float64
     labels = torch.as_tensor(labels, device=x.device)
     classes, labels, count = labels.unique(return_inverse=True, return_counts=True)
     if labels.shape != x.shape[:1] or not 2 <= len(classes) <= len(x) - 1:
         raise ValueError(f"{len(x)} points need as many labels, from 2 to {len(x) - 1} different; "
                          f"here are {labels.numel()}, {len(classes)} different")  # fmt: skip
-    mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(chunk)) / len(x)
+    mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(2048)) / len(x)
     if not mean.isfinite().all():
         raise ValueError("some points are not finite")
-
-    def read(i):
-        rows = slice(i * chunk, (i + 1) * chunk)
-        return rows, x[rows].double() - mean, F.one_hot(labels[rows], len(classes)).double()
-
-    return read, math.ceil(len(x) / chunk), labels, count
+    return x, mean, labels, count
 
 
-def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 2048) -> float:
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """|a_i - b_j| [n, m] of centred points a [n, D] and b [m, D], to a relative 1e-4 or better."""
+    # |a|^2 + |b|^2 - 2 a.b has no digits left in float32 for points that are closer to each other
+    # than to the origin, nor where products are TF32 or bfloat16: there it takes float64.
+    aa, bb = a.square().sum(1, keepdim=True), b.square().sum(1)
+    square = torch.addmm(bb, a, b.T, alpha=-2).add_(aa)
+    if a is b:
+        square.fill_diagonal_(torch.inf)
+    close = square.amin(1, keepdim=True) < 1e-3 * (aa + bb.max())
+    rough = torch.get_float32_matmul_precision() != "highest" or close.any()
+    if a.dtype != torch.float64 and rough:
+        doubles = a.double()
+        return _distances(doubles, doubles if a is b else b.double())
+    return (square.fill_diagonal_(0) if a is b else square.clamp_min_(0)).sqrt_()
+
+
+def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
     """Mean silhouette (Rousseeuw 1987), Euclidean and exact: -1 to 1, high is well separated.
 
     x [N, D], labels [N]; memory O(chunk * D + N * C). A cluster of one point counts 0. Raises
     ValueError for fewer than 2 or more than N - 1 different labels, as the next two scores do.
     """
-    read, n_chunks, labels, count = _clusters(x, labels, chunk)
-    to_cluster = count.new_zeros(len(labels), len(count), dtype=torch.float64)  # sums of distances
-    for i in range(n_chunks):
-        at, a, own = read(i)
-        for j in range(i, n_chunks):
-            to, b, other = (at, a, own) if i == j else read(j)
-            square = torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(
-                a.square().sum(1)[:, None]
-            )
-            distance = square.clamp_min_(0).sqrt_()
-            if i == j:
-                to_cluster[at] += distance.fill_diagonal_(0) @ own
-            else:  # by symmetry, half the work
-                to_cluster[at] += distance @ other
-                to_cluster[to] += distance.T @ own
+    x, mean, labels, count = _clusters(x, labels)
+    mean = mean.to(x.dtype)  # a little off does not matter: distances do not depend on it
+    sums = count.new_zeros(len(x), len(count), dtype=torch.float64)  # of distances to each cluster
+    for i in range(0, len(x), chunk):
+        at, a = slice(i, i + chunk), x[i : i + chunk] - mean
+        for j in range(i, len(x), chunk):
+            to, b = slice(j, j + chunk), a if i == j else x[j : j + chunk] - mean
+            distance = _distances(a, b)
+            sums[at] += distance @ F.one_hot(labels[to], len(count)).to(distance.dtype)
+            if i != j:  # by symmetry, half the work
+                sums[to] += distance.T @ F.one_hot(labels[at], len(count)).to(distance.dtype)
     own = labels[:, None]
-    a = to_cluster.gather(1, own)[:, 0] / (count[labels] - 1).clamp_min(1)
-    b = to_cluster.div_(count).scatter_(1, own, torch.inf).amin(1)
+    a = sums.gather(1, own)[:, 0] / (count[labels] - 1).clamp_min(1)
+    b = sums.div_(count).scatter_(1, own, torch.inf).amin(1)
     s = ((b - a) / torch.maximum(a, b)).nan_to_num(0)  # 0/0: all the points are one
     return s.where(count[labels] > 1, 0).mean().item()
 
 
 def _centroids(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """Centroids [C, D], each point's distance to its own [N], labels [N], cluster sizes [C]."""
-    read, n_chunks, labels, count = _clusters(x, labels, 2048)
-    centroids = sum(one_hot.T @ part for _, part, one_hot in map(read, range(n_chunks)))
-    centroids /= count[:, None]
-    chunks = map(read, range(n_chunks))
-    distance = [(part - centroids[labels[rows]]).norm(dim=1) for rows, part, _ in chunks]
+    x, mean, labels, count = _clusters(x, labels)
+    centroids = class_mean(x, labels, len(count), lambda part: part.double() - mean)
+    parts = zip(x.split(2048), labels.split(2048), strict=True)
+    distance = [(part.double() - mean - centroids[own]).norm(dim=1) for part, own in parts]
     return centroids, torch.cat(distance), labels, count
 
 
@@ -703,58 +708,42 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return (ink.clamp(0, 1) * 255).byte(), y
 
 
-class Photos:
-    """Image files that are decoded as late as can be: photos[index] are fewer of them, `pixels`
-    gives uint8 [B, 3, size, size].
-
-    Below 384 pixels the middle 7/8 of the shorter side is taken, from there on the whole image is
-    warped: what the official ConvNeXt-V2 checkpoints were evaluated on. OSError names a bad file.
-    """
-
-    def __init__(self, root: str, names: np.ndarray, size: int):
-        self.root, self.names, self.size = root, names, size  # bytes [N]: no object per file
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index) -> "Photos":
-        index = index if isinstance(index, slice) else np.asarray(index)
-        return Photos(self.root, self.names[index], self.size)
-
-    def paths(self) -> list[str]:
-        return [os.path.join(self.root, os.fsdecode(name)) for name in self.names]
-
-    def decode(self, path: str) -> np.ndarray:  # (size, size, 3)
-        try:
-            with Image.open(path) as file:
-                if file.mode[0] in "IF":
-                    raise ValueError("its values do not fit into 8 bits")
-                image = file.convert("RGB")
-        except Exception as error:  # each kind of damage raises a type of its own
-            reason = " ".join(str(error).split())[:60]
-            raise OSError(f"cannot read the image {path} ({reason}): mend or remove it") from error
-        (width, height), box = image.size, None
-        if self.size < 384:
-            x, y, side = width / 2, height / 2, min(width, height) * 7 / 16
-            box = (x - side, y - side, x + side, y + side)
-        return np.array(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box))
+def decode_photo(path: bytes, size: int) -> np.ndarray:
+    """An image file as RGB, uint8 [size, size, 3]. Below 384 pixels the middle 7/8 of the shorter
+    side is taken, from there on the whole image is warped: what the official ConvNeXt-V2
+    checkpoints were evaluated on. OSError names a bad file."""
+    try:
+        with Image.open(os.fsdecode(path)) as file:
+            if file.mode[0] in "IF":
+                raise ValueError("its values do not fit into 8 bits")
+            image = file.convert("RGB")
+    except Exception as error:  # each kind of damage raises a type of its own
+        reason = " ".join(str(error).split())[:60]
+        raise OSError(f"cannot read the image {os.fsdecode(path)} ({reason}): mend or remove it"
+                      ) from error  # fmt: skip
+    (width, height), box = image.size, None
+    if size < 384:
+        x, y, half = width / 2, height / 2, min(width, height) * 7 / 16
+        box = (x - half, y - half, x + half, y + half)
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
 
-def pixels(images: Tensor | Photos) -> Tensor:
-    """uint8 [B, C, H, W], whatever the images are kept as."""
+def pixels(images: Tensor | np.ndarray, size: int = 384) -> Tensor:
+    """uint8 [B, C, H, W]: of photos, which are kept as paths, decoded; what is pixels stays so."""
     if isinstance(images, Tensor):
         return images
-    return torch.from_numpy(np.stack(list(map(images.decode, images.paths())))).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack([decode_photo(p, size) for p in images])).permute(0, 3, 1, 2)
 
 
-def fingerprint(images: Tensor | Photos, y: Tensor) -> int:
+def fingerprint(images: Tensor | np.ndarray, y: Tensor) -> int:
     """Checksum of a split: class numbers and pixels, or the files' names, sizes and times."""
     checksum = zlib.crc32(y.numpy())
     if isinstance(images, Tensor):
         return zlib.crc32(images.contiguous().numpy(), checksum)
-    checksum = zlib.crc32(images.names.tobytes(), checksum)
-    for status in map(os.stat, images.paths()):
-        checksum = zlib.crc32(b"%d %d" % (status.st_size, status.st_mtime_ns), checksum)
+    for path in images:
+        name, status = os.path.basename(path), os.stat(path)
+        about = b"%s %d %d" % (name, status.st_size, status.st_mtime_ns)
+        checksum = zlib.crc32(about, checksum)
     return checksum
 
 
@@ -782,8 +771,9 @@ def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tenso
     return images, y, list(names)
 
 
-def load_folders(root: str | Path, split: str, size: int) -> tuple[Photos, Tensor, list[str]]:
-    """Photos in root/split/<class>/, of any kind that Pillow reads. OSError if there are none."""
+def load_folders(root: str | Path, split: str) -> tuple[np.ndarray, Tensor, list[str]]:
+    """Photos in root/split/<class>/, of any kind that Pillow reads, as paths; class numbers and
+    names. OSError if there are none."""
     folder, known = os.path.join(root, split), Image.registered_extensions()
     known = tuple(ending for ending, kind in known.items() if kind in Image.OPEN)
     try:
@@ -792,8 +782,8 @@ def load_folders(root: str | Path, split: str, size: int) -> tuple[Photos, Tenso
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"no images in {folder}/<class>/ ({reason}): say with --data-dir where the "
                       "folders train/<class>/ and val/<class>/ are") from error  # fmt: skip
-    names = np.array([os.fsencode(path[len(folder) + 1 :]) for path, _ in data.samples])
-    return Photos(folder, names, size), torch.tensor(data.targets), data.classes
+    paths = np.array([os.fsencode(path) for path, _ in data.samples])  # bytes: no object per file
+    return paths, torch.tensor(data.targets), data.classes
 
 
 def is_imagenet(names: list[str]) -> bool:
@@ -809,9 +799,7 @@ def balanced(y: Tensor, limit: int) -> Tensor:
     return rank.argsort(stable=True)[:limit].sort().values
 
 
-def load_data(
-    dataset: str, data_dir: str | Path, limit: int | None = None, image_size: int = 384
-) -> SimpleNamespace:
+def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> SimpleNamespace:
     """The splits `train`, `val` and `test`, with at most `limit` examples each, balanced over the
     classes; checksums of all three, `prints`; and the classes' `names`. `val` is taken from the
     training files, the same for all seeds: a sixth of digits and MNIST, a tenth of the others, but
@@ -822,9 +810,8 @@ def load_data(
         train, test = (images[:12_000], y[:12_000]), (images[12_000:], y[12_000:])
         names = [str(i) for i in range(10)]
     elif dataset == "imagenet":
-        (*train, names), (*test, others) = (
-            load_folders(data_dir, split, image_size) for split in ("train", "val")
-        )
+        *train, names = load_folders(data_dir, "train")
+        *test, others = load_folders(data_dir, "val")
         if names != others:
             odd = min(set(names) ^ set(others))
             raise ValueError(f"{data_dir}: only one of train and val has a class {odd}")
@@ -842,7 +829,7 @@ def load_data(
     parts = [(*train, order[n_val:]), (*train, order[:n_val]), (*test, torch.arange(len(test[1])))]
     if limit:
         parts = [(images, y, i[balanced(y[i], limit)]) for images, y, i in parts]
-    train, val, test = ((images[index], y[index]) for images, y, index in parts)
+    train, val, test = ((images[index.numpy()], y[index]) for images, y, index in parts)
     prints = [fingerprint(*split) for split in (train, val, test)]
     return SimpleNamespace(train=train, val=val, test=test, names=names, prints=prints)
 
@@ -850,13 +837,14 @@ def load_data(
 @torch.no_grad()
 def trunk_features(
     trunk: nn.Module,  # frozen, on `device`
-    images: "Tensor | Photos",  # uint8, N of them
+    images: "Tensor | np.ndarray",  # uint8 [N, C, H, W], or N paths of photos
     path: Path,  # of the .npy file that keeps the features
     key: int = 0,  # a number for all that changes them; a file made with another one is not used
     dtype: str = "float32",  # or "float16"
     device: str = "cpu",
     batch_size: int = 64,
-    workers: int = 0,  # processes that decode photos
+    size: int = 384,  # side of the decoded photos
+    workers: int = 0,  # processes that decode them
     share: tuple[int, int] = (0, 1),  # (i, n): only the i-th of every n blocks
     progress: Callable = iter,
 ) -> Tensor:
@@ -879,7 +867,7 @@ def trunk_features(
             if path.exists():
                 print(f"{path} is not the file of this run ({error}): made again", file=sys.stderr)
                 path.unlink()
-            shape = n, trunk(pixels(images[:1]).to(device)).shape[1]
+            shape = n, trunk(pixels(images[:1], size).to(device)).shape[1]
             write_whole(sums_path, lambda file: file.write(bytes(4 * len(blocks))))
             write_whole(path, lambda file, shape=shape: np.lib.format.open_memmap(
                 file.name, "w+", dtype, shape))  # fmt: skip
@@ -891,7 +879,8 @@ def trunk_features(
         if not todo:
             return torch.from_numpy(x)
         loader = torch.utils.data.DataLoader(
-            images, sampler=[blocks[i] for i in todo], batch_size=None, collate_fn=pixels,
+            images, sampler=[blocks[i] for i in todo], batch_size=None,
+            collate_fn=partial(pixels, size=size),
             num_workers=0 if isinstance(images, Tensor) else workers, pin_memory=device == "cuda",
         )  # fmt: skip
         for i, photos in zip(todo, progress(loader), strict=True):
@@ -906,7 +895,7 @@ def trunk_features(
 
 
 # === 7. Training ==================================================================================
-# loss = cross_entropy(logits, y) + weight * aux(h, target)
+# loss = cross_entropy(logits, y) + weight * (1 - t) * aux(h, target)       t from 0 to 1
 # aux = mean squared error / variance of h,  or  1 - cosine similarity
 
 
@@ -929,7 +918,7 @@ def fit(
     x: Tensor,  # inputs [N, ...], on any device
     y: Tensor,  # class numbers [N]
     targets: "Tensor | Rows | None" = None,  # constants [N, d_in]. None: the task alone
-    weight: float = 0.0,  # of the auxiliary loss
+    weight: float = 0.0,  # of the auxiliary loss at the start; it falls to zero
     aux_loss: str = "mse",  # or "cosine", which leaves the scale of h free
     epochs: int = 1,
     batch_size: int = 64,
@@ -966,9 +955,11 @@ def fit(
             if targets is not None:
                 target = take(targets, mine, device)
                 if aux_loss == "mse":
-                    loss = loss + weight * (seen.h - target).square().mean(1) / variance
+                    aux = (seen.h - target).square().mean(1) / variance
                 else:
-                    loss = loss + weight * (1 - F.cosine_similarity(seen.h, target))
+                    aux = 1 - F.cosine_similarity(seen.h, target)
+                # The targets are of the model at the start: as it moves on, they say less and less.
+                loss = loss + weight * (1 - (step - 1) / len(order)) * aux
             loss = loss.sum() * world / len(index)  # the mean over the batch, averaged over shares
             optimizer.zero_grad()
             loss.backward()
@@ -1005,25 +996,21 @@ def codes(sae, h: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model, layer: str, sae, x: Tensor, y: Tensor, full: bool = True) -> dict[str, float]:
-    """Accuracy of the model and separation of the SAE's features z by class; where `full`, also
-    the quality of the SAE and the separation of h itself."""
+def measure(model, layer: str, sae, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Accuracy of the model, separation by class of the SAE's features z and of h itself, and
+    quality of the SAE. A score that is not defined is nan."""
     h, logits = activations(model, layer, x)
     z, y = codes(sae, h), y.to(h.device)
 
     def score(metric, points):  # undefined where, say, each point has a class of its own
         return metric(points, y) if 2 <= len(y.unique()) < len(y) else math.nan
 
-    row = {
+    parts = zip(h.split(2048), z.split(2048), strict=True)
+    unexplained = sum((part - sae.decode(code)).square().sum().item() for part, code in parts)
+    return {
         "accuracy": (logits.argmax(1) == y).sum().item() / len(y),
         "silhouette": score(silhouette_score, z),
         "davies_bouldin": score(davies_bouldin_score, z),
-    }
-    if not full:
-        return row
-    parts = zip(h.split(2048), z.split(2048), strict=True)
-    unexplained = sum((part - sae.decode(code)).square().sum().item() for part, code in parts)
-    return row | {
         "calinski_harabasz": score(calinski_harabasz_score, z),
         "adjusted_rand": adjusted_rand_score(z.argmax(1), y),  # of the strongest feature
         "uncertainty": uncertainty_coefficient(z, y),
@@ -1052,7 +1039,7 @@ def saeception(
     d_sae: int,  # number of features of the SAEs
     k: int | None = None,  # active features per example: TopK SAEs. None: ReLU and L1
     top_k: int = 25,  # features that each class keeps
-    weight: float = 1.0,  # of the auxiliary loss
+    weight: float = 1.0,  # of the auxiliary loss at the start of each cycle; it falls to zero
     cycles: int = 3,
     arms: dict[str, Callable | None] | None = None,  # None: sae-ception and control
     val: tuple[Tensor, Tensor] | None = None,  # measured too, to choose settings by
@@ -1079,9 +1066,8 @@ def saeception(
     for cycle in range(state["cycle"] + 1, cycles + 1):
         rows, models, saes = list(state["rows"]), dict(state["models"]), dict(state["saes"])
         for arm, rule in arms.items() if cycle else [("baseline", None)]:
-            times, what = [time.perf_counter()], f"seed {seed} cycle {cycle} {arm}"
-            bars = [partial(progress, desc=f"{what}: {stage}") for stage in ("train", "SAE")]
-            same = {"seed": 1000 * seed + cycle}  # in every arm
+            what, seconds = f"seed {seed} cycle {cycle} {arm}", [time.perf_counter()]
+            order = 1000 * seed + cycle  # of the batches: the same in every arm
             net, targets = copy.deepcopy(model), None
             if cycle > 0:
                 # The targets may be read from `before` while its copy is trained.
@@ -1090,22 +1076,24 @@ def saeception(
                 net = copy.deepcopy(before)
             try:
                 if cycle > 0 or not pretrained:
-                    options = (fit_options or {}) | same | {"progress": bars[0]}
+                    bar = partial(progress, desc=f"{what}: train")
+                    options = {"seed": order, "progress": bar} | (fit_options or {})
                     fit(net, layer, x, y, targets, weight, **options)
-                times.append(time.perf_counter())
-                options = (sae_options or {}) | same | {"progress": bars[1], "device": device}
+                seconds.append(time.perf_counter())
+                bar = partial(progress, desc=f"{what}: SAE")
+                options = {"seed": order, "progress": bar, "device": device} | (sae_options or {})
                 sae = train_sae(layer_output(net, layer, x), d_sae, k, **options)
-                times.append(time.perf_counter())
+                seconds.append(time.perf_counter())
             except FloatingPointError as error:
                 raise FloatingPointError(f"{what}: {error}") from error
             row = {"seed": seed, "cycle": cycle, "arm": arm} | measure(net, layer, sae, *test)
             if val:
-                short = measure(net, layer, sae, *val, full=False)
-                row |= {f"val_{key}": value for key, value in short.items()}
-            times.append(time.perf_counter())
-            stages = zip(("train", "sae", "measure"), np.diff(times).tolist(), strict=True)
-            row |= {f"seconds_{stage}": seconds for stage, seconds in stages}
-            rows.append(row | {"seconds": times[-1] - times[0]})
+                row |= {f"val_{key}": v for key, v in measure(net, layer, sae, *val).items()}
+            seconds.append(time.perf_counter())
+            row["seconds_train"], row["seconds_sae"], row["seconds_measure"] = np.diff(
+                seconds
+            ).tolist()
+            rows.append(row | {"seconds": seconds[-1] - seconds[0]})
             models[arm], saes[arm] = net.state_dict(), sae.state_dict()
         state = {"rows": rows, "cycle": cycle, "k": k, "models": models, "saes": saes}
         yield state
@@ -1206,38 +1194,42 @@ def draw_features(z: Tensor, images, y: Tensor, mean: Tensor, names: list[str]) 
     return canvas
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """OSError, with what to do, if what is within cannot write `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        reason = f"cannot write {path} ({reason}): make room, or name another folder"
+        raise OSError(reason) from error
+
+
 def write_whole(path: Path, write: Callable) -> None:
     """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
     part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(
-            f"cannot write {path} ({reason}): make room, or name another folder"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def write_at(path: Path, place: int, data) -> None:
-    """Write bytes into an existing file. OSError, with what to do, if that fails."""
-    try:
-        with open(path, "r+b") as file:
-            file.seek(place)
-            file.write(data)
-    except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): make room") from error
+    """Write bytes into an existing file. OSError if that fails."""
+    with writing(path), open(path, "r+b") as file:
+        file.seek(place)
+        file.write(data)
 
 
 def save_run(folder: Path, config: dict, saved: dict) -> None:
-    """checkpoint.pt, from which --resume goes on, and results.json."""
+    """checkpoint.pt, from which --resume goes on, and results.json with the rows of `saved`."""
     checkpoint = {"config": config} | saved
     write_whole(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
     environment = {m.__name__: str(m.__version__) for m in (torch, torchvision, np)} | {
@@ -1247,7 +1239,7 @@ def save_run(folder: Path, config: dict, saved: dict) -> None:
         "gpu": torch.cuda.get_device_name() if config["device"] == "cuda" else None,
     }
     rows = [{key: value if value == value else None for key, value in row.items()}  # null for nan
-            for row in saved["finished"] + (saved["state"] or {"rows": []})["rows"]]  # fmt: skip
+            for row in saved["rows"]]  # fmt: skip
     results = {"config": config, "environment": environment, "rows": rows}
     text = json.dumps(results, indent=1, allow_nan=False)
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
@@ -1305,7 +1297,8 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--tune", choices=["last", "all"], help="train what is behind the trunk, or the trunk too")
     flag("--layer", help="name of the layer whose output is h")
     flag("--top-k", type=count, help="features that each class keeps")
-    flag("--aux-weight", type=partial(number, float, 0), help="weight of the auxiliary loss")
+    flag("--aux-weight", type=partial(number, float, 0), help="weight of the auxiliary loss at the "
+         "start of each cycle; it falls to zero")  # fmt: skip
     flag("--aux-loss", choices=["mse", "cosine"], help="distance between h and its target")
     flag("--sae", choices=["l1", "topk"], help="what makes the SAE sparse")
     flag("--d-sae", type=partial(number, int, 2), help="number of features of the SAE")
@@ -1327,38 +1320,40 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | None]:
     """The settings, and with --resume the folder of the run and its checkpoint."""
     parser = make_parser()
-    error = parser.error
-    given = {key: v for key, v in vars(parser.parse_args(argv)).items() if v is not None}
+    error, given, saved = parser.error, vars(parser.parse_args(argv)), None
+    options, given = given.keys() - {"resume"}, {k: v for k, v in given.items() if v is not None}
 
-    device, cuda = given.get("device", "auto"), torch.cuda.is_available()
-    if device == "auto":
-        device = "cuda" if cuda else "cpu"
-    if not {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[device]:
-        error(f"--device {device}: torch finds none on this machine; use --device cpu")
-    dataset, folder, saved = given.get("dataset", "digits"), given.pop("resume", None), None
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if given.setdefault("device", "auto") == "auto":
+        given["device"] = "cuda" if cuda else "cpu"
+    if not {"cpu": True, "cuda": cuda, "mps": mps}[given["device"]]:
+        error(f"--device {given['device']}: torch finds none on this machine; use --device cpu")
     workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    movable = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": workers}
-    config = movable | {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
-    row, train = dataset, Path(given.get("data_dir", "data"), "train")
-    if given.get("arch") == "vit_tiny":
-        row = "vit_tiny"
-    elif row == "imagenet" and not is_imagenet([p.name for p in train.glob("*") if p.is_dir()]):
-        row = "folders"
-    config |= {"limit": None} | DEFAULTS[row]
-    if folder:
+    config = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": workers}
+    movable = config.keys() | {"device"}
+    if folder := given.pop("resume", None):
         try:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            old = saved.pop("config")
-            if old.keys() != config.keys() | {"device"}:
+            config = saved.pop("config")
+            if config.keys() != options:
                 raise KeyError("config")
         except Exception:  # each kind of damage raises a type of its own
             error(f"--resume: {folder} is no run folder: it has no readable checkpoint.pt")
-        for key in given.keys() - movable.keys() - {"device"}:
-            if given[key] != old[key]:
+        for key in given.keys() - movable:
+            if given[key] != config[key]:
                 name = "--" + key.replace("_", "-")
-                error(f"--resume: {folder} was run with {name} {old[key]}; leave {name} out")
-        config = old
-    config |= given | {"device": device}
+                error(f"--resume: {folder} was run with {name} {config[key]}; leave {name} out")
+    else:
+        dataset, train = (
+            given.get("dataset", "digits"),
+            Path(given.get("data_dir", "data"), "train"),
+        )
+        row = "vit_tiny" if given.get("arch") == "vit_tiny" else dataset
+        if row == "imagenet" and not is_imagenet([p.name for p in train.glob("*") if p.is_dir()]):
+            row = "folders"
+        config |= {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
+        config |= {"limit": None} | DEFAULTS[row]
+    config |= given
     config["seeds"] = list(dict.fromkeys(config["seeds"]))  # each once
     for key in ["top_k", "sae_k"] if config["sae"] == "topk" else ["top_k"]:
         if config[key] > config["d_sae"]:
@@ -1408,7 +1403,7 @@ def cached_splits(config: dict, trunk, data: SimpleNamespace, share=(0, 1)) -> l
         key = zlib.crc32(json.dumps(about | {"split": split, "images": checksum}).encode())
         path = folder / f"{config['dataset']}-{config['arch']}-{split}-{key:08x}.npy"
         bar = partial(show_progress, desc=f"trunk, {split} split", size=64, unit="images")
-        options = config["batch_size"], config["workers"], share, bar
+        options = *(config[k] for k in ("batch_size", "image_size", "workers")), share, bar
         splits.append((trunk_features(trunk, images, path, key, dtype, device, *options), y))
     return splits
 
@@ -1442,8 +1437,8 @@ def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: 
         "sae_options": {"l1": config["l1"], "epochs": config["sae_epochs"]},
         "progress": show_progress,
     }
-    finished, state, seeds = saved["finished"], saved["state"], config["seeds"]
-    print(table(finished + (state["rows"] if state else [])), flush=True)
+    rows, state, seeds = saved["rows"], saved["state"], config["seeds"]
+    print(table(rows), flush=True)
     if not RANK and test[1].bincount().max() < 2:
         print("one test image per class: nan where silhouette and others are not defined",
               file=sys.stderr)  # fmt: skip
@@ -1452,22 +1447,20 @@ def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: 
             _, model, _ = build(config, data.names, seed)
         setting = (model.to(device), config["layer"], train, test)
         for now in saeception(*setting, val=val, seed=seed, state=state, **options):
-            state = now
+            state, new = now, [row for row in now["rows"] if row["cycle"] == now["cycle"]]
+            rows = rows + new
             if not RANK:
-                save_run(
-                    folder, config, saved | {"seed": seed, "state": state, "finished": finished}
-                )
-            new = [row for row in state["rows"] if row["cycle"] == state["cycle"]]
+                save_run(folder, config, saved | {"rows": rows, "seed": seed, "state": state})
             print(table(new, heading=False), flush=True)
         if seed == seeds[0] and not RANK:
-            draw_run(folder, *setting, data, state)
-        finished, state = finished + state["rows"], None
-    print(summary(finished), end="")
+            draw_run(folder, *setting, data, state, config["image_size"])
+        state = None
+    print(summary(rows), end="")
     if not RANK:
         print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
 
 
-def draw_run(folder: Path, model, layer: str, train, test, data, state: dict) -> None:
+def draw_run(folder: Path, model, layer: str, train, test, data, state: dict, size: int) -> None:
     """Both pictures: clusters of the baseline and of each arm, features of the first arm."""
     panels, arms, shown = {}, list(state["models"]), balanced(data.test[1], 5000)
     for arm in arms:
@@ -1497,18 +1490,17 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group(backend, timeout=timedelta(days=1))
         if local:
             dist.barrier()  # until the first process of this machine has downloaded everything
-        data = load_data(*(config[k] for k in ("dataset", "data_dir", "limit", "image_size")))
+        data = load_data(config["dataset"], config["data_dir"], config["limit"])
         parts = build(config, data.names, saved["seed"] if saved else config["seeds"][0])
         if WORLD > 1 and not local:
             dist.barrier()
         if saved is None:
-            saved = {"finished": [], "seed": config["seeds"][0], "state": None, "data": data.prints}
+            saved = {"rows": [], "seed": config["seeds"][0], "state": None, "data": data.prints}
             now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # to the millisecond: always a new one
             folder = Path(config["out_dir"], f"{config['dataset']}-{now}")
         elif saved["data"] != data.prints:
-            raise ValueError(
-                f"--resume: the images in {config['data_dir']} are not those of the run"
-            )
+            place = config["data_dir"]
+            raise ValueError(f"--resume: the images in {place} are not those of the run")
         if RANK == 0:
             save_run(folder, config, saved)  # --resume works from here on; results.json is whole
         with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
@@ -1520,24 +1512,24 @@ def main(argv: list[str] | None = None) -> int:
         status = 2 if isinstance(error, ValueError) else 1
         reason = str(error).strip().rpartition("\n")[2]  # the last line of what a worker says
         reason = reason.removeprefix("OSError: ") or type(error).__name__
-        hint = f"; what is finished is in {folder}"
+        hint = f"; go on with: python saeception.py --resume {folder}"
         if isinstance(error, KeyboardInterrupt):
             reason, status = "interrupted", 130
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        elif isinstance(error, torch.cuda.OutOfMemoryError):
             smaller = max(1, config["batch_size"] // 2)
             reason = f"the GPU has too little memory; try --batch-size {smaller}"
         elif isinstance(error, RuntimeError) and WORLD > 1:
             reason = (
                 f"this or another process of the run failed ({reason}); start all of them again"
             )
-        elif isinstance(error, OSError | KeyboardInterrupt):
-            hint = f"; go on with: python saeception.py --resume {folder}"
-        elif not isinstance(error, ValueError | FloatingPointError):
+        elif not isinstance(error, OSError | ValueError | FloatingPointError):
             reason = (
                 f"{type(error).__name__}: {reason} (TRACEBACK=1 in the environment tells where)"
             )
-        hint = hint if folder and folder.exists() else ""
+        if not isinstance(error, OSError | KeyboardInterrupt):  # the same would come again
+            hint = f"; what is finished is in {folder}"
         if not RANK or status == 1:  # a bad argument is the same for all
+            hint = hint if folder and folder.exists() else ""
             print(f"saeception.py: error: {reason}{hint}", file=sys.stderr)
         return status
 

@@ -718,31 +718,28 @@ def write_photos(root, classes=("cat", "dog"), n=12, seed=0):
 
 def test_photos_are_decoded_cropped_and_named(tmp_path):
     write_photos(tmp_path)
-    data = S.load_data("imagenet", tmp_path, image_size=32)
+    data = S.load_data("imagenet", tmp_path)
     assert data.names == ["cat", "dog"]
     assert [len(y) for _, y in (data.train, data.val, data.test)] == [22, 2, 24]
     for photos, y in (data.train, data.val, data.test):
-        images = S.pixels(photos)
+        images = S.pixels(photos, 32)
         assert images.shape == (len(y), 3, 32, 32) and images.dtype == torch.uint8
         assert torch.equal(images.float().mean((2, 3)).argmax(1), y)
-    some = torch.tensor([20, 3])
-    assert torch.equal(S.pixels(data.test[0][some]), S.pixels(data.test[0])[some])
+    some = np.array([20, 3])
+    assert torch.equal(S.pixels(data.test[0][some], 9), S.pixels(data.test[0], 9)[some])
     # A white frame, a 16th on each side, is cut off below 384 pixels, and not from there on.
     frame = np.full((160, 160, 3), 255, np.uint8)
     frame[10:-10, 10:-10] = 0
     Image.fromarray(frame).save(tmp_path / "frame.png")
-    cut, whole = (
-        S.pixels(S.Photos(str(tmp_path), np.array([b"frame.png"]), size)) for size in (70, 384)
-    )
-    assert cut.max() < 60 and whole.max() == 255
-    assert len(S.pixels(data.test[0][torch.tensor([5])])) == 1
+    frame = os.fsencode(tmp_path / "frame.png")
+    assert S.decode_photo(frame, 70).max() < 60 and S.decode_photo(frame, 384).max() == 255
     Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(OSError, match="deep.png .its values do not fit into 8 bits"):
-        S.pixels(S.Photos(str(tmp_path), np.array([b"deep.png"]), 32))
+        S.decode_photo(os.fsencode(tmp_path / "deep.png"), 32)
     bad = tmp_path / "train" / "dog" / "00a.JPEG"
     bad.write_bytes(bad.read_bytes()[:300])
     with pytest.raises(OSError, match="cannot read the image .*00a.JPEG"):
-        S.pixels(S.load_data("imagenet", tmp_path, image_size=32).train[0])
+        S.pixels(S.load_data("imagenet", tmp_path).train[0], 32)
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
     with pytest.raises(ValueError, match="only one of train and val has a class dog"):
         S.load_data("imagenet", tmp_path)
@@ -1282,10 +1279,9 @@ def test_the_head_of_the_checkpoint_is_kept_for_imagenet(tmp_path, capsys):
     config = json.loads((folder / "results.json").read_text())["config"]
     assert config["epochs"] == S.DEFAULTS["imagenet"]["epochs"]
     trunk, model, _ = S.imagenet_convnext("convnextv2_atto", None, str(tmp_path / "atto.pt"))
-    data = S.load_data("imagenet", tmp_path, image_size=32)
-    predicted = torch.cat(
-        [model(trunk(part)).argmax(1) for part in S.pixels(data.test[0]).split(250)]
-    )
+    data = S.load_data("imagenet", tmp_path)
+    images = S.pixels(data.test[0], 32)
+    predicted = torch.cat([model(trunk(part)).argmax(1) for part in images.split(250)])
     expected = (predicted == data.test[1]).float().mean().item()
     assert rows_of(folder)[0]["accuracy"] == pytest.approx(expected, abs=2e-3)
 
