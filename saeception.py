@@ -9,15 +9,20 @@
 Data flows one way, and everything after the trunk is plain tensors:
 
     images --trunk (frozen, run once, cached)--> x --model (trained)--> logits
-                                                        |
-                                                      layer --> h --SAE--> z --sharpen--> target
+                                                     |
+                                                  layer --> h --SAE--> z --sharpen, decode--> target
 
-The output of one layer of the classifier is its activation h. One cycle:
+The output of one layer of the classifier is its activation h. (The small networks are trained as a
+whole, --tune all: there the trunk is a part of the model.) One cycle:
 
-    SAE       train a fresh sparse autoencoder on h                            sections 1 and 2
+    SAE       a sparse autoencoder that was trained on h                       sections 1 and 2
     sharpen   per class keep the k features with the largest mean, decode      section 3
-    train     cross_entropy + weight * aux(h, decoded target)                  section 7
-    measure   how well the features of a fresh SAE separate the classes        section 4
+    train     cross_entropy + weight * (1 - t) * aux(h, decoded target)        section 7
+    measure   how well the features of a fresh SAE on the new h, which serves
+              the next cycle too, separate the classes                         sections 4 and 8
+
+These sections are the method, and can be read alone; the others are networks (5), data (6), output
+files (9) and the command line (10).
 
 The control arm gets the same extra training without targets. Supervised training alone pulls
 classes together: only what goes beyond the control comes from sharpening.
@@ -51,7 +56,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
@@ -65,8 +70,8 @@ MLP = COMMON | dict(arch="mlp", image_size=28, tune="all", layer="relu1", batch_
 CONVNEXT = COMMON | dict(arch="convnextv2_large", image_size=384, tune="last", layer="norm",
                          batch_size=64, aux_weight=0.3, d_sae=6144, l1=1.0, sae_k=32)
 DEFAULTS = {
-    "digits": MLP | dict(epochs=20, aux_weight=0.01, sae_epochs=30),
-    "mnist": MLP | dict(epochs=8, aux_weight=0.3, sae_epochs=10),
+    "digits": MLP | dict(epochs=20, aux_weight=0.03, sae_epochs=30),
+    "mnist": MLP | dict(epochs=8, aux_weight=1.0, sae_epochs=10),
     "cifar10": COMMON | dict(arch="vit_h_14", image_size=384, tune="last", layer="ln", epochs=3,
                              batch_size=64, lr=1e-4, aux_weight=0.3, d_sae=5120, l1=1.0, sae_k=32,
                              sae_epochs=5),
@@ -85,6 +90,9 @@ ARCHS = {
 # fmt: on
 
 
+# === Batches and rows =============================================================================
+
+
 def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
     """Shuffled index batches, epoch after epoch. The short batch at the end of each is dropped."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,18 +101,19 @@ def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
     return [batch for order in orders for batch in order[: n // size * size].split(size)]
 
 
-# ImageNet's activations are 8 GB in float32, and the targets are as large. Through the next two all
-# stages read them in batches, and keep them only where they are small.
+# ImageNet's activations are 8 GB in float32, and the targets are as large. Through `take` and
+# `LazyRows` all stages read them in batches, and keep them only where they are small.
 
 
-def take(x: "Tensor | Rows", index, device) -> Tensor:
+def take(x: "Tensor | LazyRows", index, device) -> Tensor:
     """x[index] on `device`, whose memory may be too small for x; any floats become float32."""
     rows = x[index].to(device)
     return rows.float() if rows.is_floating_point() else rows
 
 
-class Rows:
-    """n rows that `read(index)` computes when they are asked for, where memory is too small."""
+class LazyRows:
+    """n rows that `read(index)` computes when they are asked for, where memory is too small. An
+    index is a slice or a tensor of row numbers."""
 
     def __init__(self, n: int, read: Callable):
         self.n, self.read = n, read
@@ -115,7 +124,7 @@ class Rows:
     def __getitem__(self, index) -> Tensor:
         return self.read(index)
 
-    def kept(self, max_bytes: int = 2**29, chunk: int = 512) -> "Tensor | Rows":
+    def in_memory(self, max_bytes: int = 2**29, chunk: int = 512) -> "Tensor | LazyRows":
         """All rows as one tensor where that takes at most `max_bytes`, else self."""
         first = self[:1]
         if self.n * first.nbytes > max_bytes:
@@ -135,8 +144,9 @@ class SparseAutoencoder(nn.Module):
     """Sparse autoencoder: ReLU (Bricken et al. 2023, "Towards Monosemanticity") or, where `k` is
     given, TopK, the k largest features of each example (Gao et al. 2024, arXiv:2406.04093).
 
-    Names and shapes are those of SAELens: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in],
-    b_dec [d_in]. Raises ValueError unless 1 <= k <= d_sae.
+    sae(h) gives (h_hat, z). Names and shapes are those of SAELens: W_enc [d_in, d_sae],
+    b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]; `generator` draws the directions to start
+    with. Raises ValueError unless 1 <= k <= d_sae.
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int | None = None, generator=None):
@@ -151,7 +161,7 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     def encode(self, h: Tensor) -> Tensor:  # (..., d_in) -> (..., d_sae)
-        # What b_dec could learn here b_enc can, without one more product as large as the others.
+        # b_dec gets no gradient here: b_enc can learn the same, and a large product is saved.
         z = F.relu((h - self.b_dec.detach()) @ self.W_enc + self.b_enc)
         if self.k is None:
             return z
@@ -166,19 +176,8 @@ class SparseAutoencoder(nn.Module):
         return self.decode(z), z
 
 
-@torch.no_grad()
-def moments(h, device=None, chunk: int = 2048) -> tuple[Tensor, float]:
-    """Mean [d_in] of activations h [N, d_in], and their variance, averaged over the d_in units."""
-    first, total, square = h[:1].to(device).float(), 0, 0.0
-    for i in range(0, len(h), chunk):
-        away = take(h, slice(i, i + chunk), first.device) - first  # from 0: no digits would be left
-        total, square = total + away.sum(0), square + away.square().sum().item()
-    away = total / len(h)
-    return first[0] + away, square / (len(h) * len(away)) - away.square().mean().item()
-
-
 def train_sae(
-    h: Tensor,  # activations [N, d_in], on any device; `Rows` too
+    h: Tensor | LazyRows,  # activations [N, d_in], on any device
     d_sae: int,  # number of features
     k: int | None = None,  # active features per example: a TopK SAE. None: ReLU and L1
     l1: float = 0.1,  # weight of the L1 norm of z; a TopK SAE does without
@@ -195,14 +194,14 @@ def train_sae(
     in the end the scale is folded into the biases, and z is in units of h. Raises
     FloatingPointError if h is constant or the loss stops being finite.
     """
-    n, device, lr = len(h), device or h[:1].device, lr or 0.048 / math.sqrt(d_sae)
-    mean, variance = moments(h, device)
-    if variance == 0:
-        raise FloatingPointError("the layer is dead: its output is the same for every example")
-    scale = 1 / math.sqrt(variance + mean.square().mean().item())
+    n, device, lr = len(h), device or h[:1].device, lr or 0.003 * math.sqrt(256 / d_sae)
+    some = take(h, batches(n, 4096, 1, seed)[0], device)  # enough to know mean and scale by
+    if (some == some[0]).all():
+        raise FloatingPointError("the layer is dead: one output for all examples; lower --lr")
+    scale = 1 / some.square().mean().sqrt().item()
     generator = torch.Generator().manual_seed(seed)
-    sae = SparseAutoencoder(len(mean), d_sae, k, generator).to(device)
-    sae.b_dec.data = mean * scale
+    sae = SparseAutoencoder(some.shape[1], d_sae, k, generator).to(device)
+    sae.b_dec.data = some.mean(0) * scale
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
     order = batches(n, batch_size, epochs, seed)
     # As in Bricken et al., dead features are revived four times in the first half of training.
@@ -214,8 +213,10 @@ def train_sae(
         batch = take(h, index, device) * scale  # (B, d_in)
         h_hat, z = sae(batch)
         error = (h_hat - batch).square().sum(1)  # (B,)
-        used = z.sum(0)  # (d_sae,)
-        loss = error.mean() + (l1 * used.sum() / len(batch) if k is None else 0)
+        used = z.sum(0)  # (d_sae,); as z >= 0, their sum is the L1 norm of the whole batch
+        loss = error.mean()
+        if k is None:
+            loss = loss + l1 * used.sum() / len(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -225,7 +226,7 @@ def train_sae(
             usage += used
             if step % window == 0 or step == len(order):
                 if not loss.isfinite():
-                    raise FloatingPointError(f"the loss of the SAE is not finite at step {step}")
+                    raise FloatingPointError(f"the loss of the SAE is not finite in step {step}")
                 if step <= 4 * window:
                     resample(sae, optimizer, usage == 0, batch, error, generator)
                 usage.zero_()
@@ -234,8 +235,10 @@ def train_sae(
     return sae.requires_grad_(False)
 
 
+@torch.no_grad()
 def resample(sae, optimizer, dead, batch, error, generator) -> None:
-    """Point dead features (bool [d_sae]) at badly reconstructed examples (Bricken et al. 2023)."""
+    """Point dead features (bool [d_sae]) at badly reconstructed examples of a batch [B, d_in], one
+    being chosen in proportion to the square of its squared error [B] (Bricken et al. 2023)."""
     n_dead = int(dead.sum())
     if n_dead == 0:
         return
@@ -289,7 +292,8 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 @torch.no_grad()
 def activations(model: nn.Module, layer: str, x: Tensor, index=slice(None), chunk=128) -> tuple:
-    """h [N, d_in] and logits [N, n_classes] of the rows x[index], in evaluation mode, in chunks."""
+    """h [N, d_in] and logits [N, n_classes] of the rows x[index], in chunks. Leaves the model in
+    evaluation mode."""
     if isinstance(index, slice):
         index = torch.arange(*index.indices(len(x)))
     device, parts = next(model.parameters()).device, []
@@ -303,9 +307,9 @@ def activations(model: nn.Module, layer: str, x: Tensor, index=slice(None), chun
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def layer_output(model: nn.Module, layer: str, x: Tensor) -> Tensor | Rows:
+def layer_output(model: nn.Module, layer: str, x: Tensor) -> Tensor | LazyRows:
     """h for every row of x: a tensor, or, where it is large, computed again whenever it is read."""
-    return Rows(len(x), lambda index: activations(model, layer, x, index)[0]).kept()
+    return LazyRows(len(x), lambda index: activations(model, layer, x, index)[0]).in_memory()
 
 
 # === 3. Feature sharpening ========================================================================
@@ -313,16 +317,16 @@ def layer_output(model: nn.Module, layer: str, x: Tensor) -> Tensor | Rows:
 
 
 @torch.no_grad()
-def class_mean(v: Tensor, y: Tensor, n_classes: int, encode: Callable | None = None) -> Tensor:
-    """Mean of v [N, D], or of encode(v), over each class; zeros for a class without examples.
+def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable | None = None) -> Tensor:
+    """Mean of v [N, D], or of transform(v), over each class; zeros for a class without examples.
 
     y [N] class numbers; gives [n_classes, D]. In chunks: the codes of all examples may not fit.
     """
     total, count = 0, y.bincount(minlength=n_classes)[:, None]
     for i in range(0, len(v), 2048):
         part, labels = v[i : i + 2048], y[i : i + 2048]
-        code = encode(part) if encode else part
-        total = total + F.one_hot(labels, n_classes).to(code.dtype).T @ code
+        part = transform(part) if transform else part
+        total = total + F.one_hot(labels, n_classes).to(part.dtype).T @ part
     return total / count.clamp_min(1)
 
 
@@ -330,8 +334,8 @@ def class_top_k(z: Tensor, y: Tensor, n_classes: int, k: int, encode=None) -> Te
     """Which features each class keeps, bool [n_classes, d_sae]: the k with the largest class mean.
     One that the class never uses is not kept, so a class without examples keeps none.
 
-    z [N, d_sae], or what `encode` makes it from; y [N] class numbers. Raises ValueError unless
-    1 <= k <= d_sae.
+    z [N, d_sae], or what `encode` makes it from; y [N] class numbers; k features per class, which
+    has nothing to do with the k of a TopK SAE. Raises ValueError unless 1 <= k <= d_sae.
     """
     mean = class_mean(z, y, n_classes, encode)
     if not 1 <= k <= mean.shape[1]:
@@ -346,20 +350,22 @@ def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, k: int) -> Tensor | Rows:
+def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, k: int) -> Tensor | LazyRows:
     """The method's targets [N, d_in]: row i belongs to h[i] and y[i]. Raises like `class_top_k`."""
-    mask = class_top_k(h, y, n_classes, k, sae.encode)
-    return Rows(len(h), lambda i: sae.decode(sharpen(sae.encode(h[i]), y[i], mask))).kept()
+    mask = class_top_k(h, y, n_classes, k, sae.encode)  # z of all examples may not fit into memory
+    return LazyRows(len(h), lambda i: sae.decode(sharpen(sae.encode(h[i]), y[i], mask))).in_memory()
 
 
 # === 4. Metrics ===================================================================================
 # silhouette of a point = (b - a) / max(a, b)     a, b: mean distance to its own and the next class
 # Davies-Bouldin = mean over i of max over j of (spread_i + spread_j) / distance(centre_i, centre_j)
+# U of a feature = I(fires; class) / H(fires) = 1 - H(fires | class) / H(fires)
 
 
 def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Points x [N, D], checked; their float64 mean [D]; labels as 0..C-1 [N]; cluster sizes [C]."""
     x = torch.as_tensor(x)
+    x = x if x.dtype == torch.float64 else x.float()
     x = x.cpu() if x.device.type == "mps" else x  # Apple's mps has no float64
     labels = torch.as_tensor(labels, device=x.device)
     classes, labels, count = labels.unique(return_inverse=True, return_counts=True)
@@ -373,7 +379,8 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j| [n, m] of centred points a [n, D] and b [m, D], to a relative 1e-4 or better."""
+    """|a_i - b_j| [n, m] of centred points a [n, D] and b [m, D], to a relative 1e-4 or better.
+    Where b is the very same tensor as a, the diagonal is exactly 0."""
     # |a|^2 + |b|^2 - 2 a.b has no digits left in float32 for points that are closer to each other
     # than to the origin, nor where products are TF32 or bfloat16: there it takes float64.
     aa, bb = a.square().sum(1, keepdim=True), b.square().sum(1)
@@ -398,10 +405,10 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
     mean = mean.to(x.dtype)  # a little off does not matter: distances do not depend on it
     sums = count.new_zeros(len(x), len(count), dtype=torch.float64)  # of distances to each cluster
     for i in range(0, len(x), chunk):
-        at, a = slice(i, i + chunk), x[i : i + chunk] - mean
+        at, p = slice(i, i + chunk), x[i : i + chunk] - mean
         for j in range(i, len(x), chunk):
-            to, b = slice(j, j + chunk), a if i == j else x[j : j + chunk] - mean
-            distance = _distances(a, b)
+            to, q = slice(j, j + chunk), p if i == j else x[j : j + chunk] - mean
+            distance = _distances(p, q)
             sums[at] += distance @ F.one_hot(labels[to], len(count)).to(distance.dtype)
             if i != j:  # by symmetry, half the work
                 sums[to] += distance.T @ F.one_hot(labels[at], len(count)).to(distance.dtype)
@@ -413,7 +420,8 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
 
 
 def _centroids(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Centroids [C, D], each point's distance to its own [N], labels [N], cluster sizes [C]."""
+    """Centroids less the mean of all points [C, D]; each point's distance to its own [N]; labels
+    [N]; cluster sizes [C]."""
     x, mean, labels, count = _clusters(x, labels)
     centroids = class_mean(x, labels, len(count), lambda part: part.double() - mean)
     parts = zip(x.split(2048), labels.split(2048), strict=True)
@@ -424,7 +432,7 @@ def _centroids(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 def davies_bouldin_score(x: Tensor, labels: Tensor) -> float:
     """Davies-Bouldin index (1979): from 0 up, low is well separated. x [N, D], labels [N]."""
     centroids, distance, labels, count = _centroids(x, labels)
-    spread = labels.bincount(distance) / count
+    spread = labels.bincount(weights=distance) / count
     between = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
     if spread.max() < 1e-8 or between.max() < 1e-8:  # scikit-learn's convention
         return 0.0
@@ -463,14 +471,14 @@ def uncertainty_coefficient(z: Tensor, labels: Tensor) -> float:
     0 if there is none. z [N, d_sae], labels [N]; 0 to 1."""
 
     def entropy(p):  # of a coin, in nats; the ratio has no unit
-        return -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
+        return torch.special.entr(p) + torch.special.entr(1 - p)
 
     z, labels = z.cpu(), labels.cpu().unique(return_inverse=True)[1]
     p_class = labels.bincount().double() / len(labels)  # (C,)
-    fires = class_mean(z, labels, len(p_class), lambda z: (z > 0).float()).double()  # (C, d_sae)
-    h_fires = entropy(p_class @ fires)  # (d_sae,)
-    u = 1 - p_class @ entropy(fires) / h_fires
-    some = h_fires > 1e-9
+    p_fires = class_mean(z, labels, len(p_class), lambda z: (z > 0).double())  # (C, d_sae)
+    total = entropy(p_class @ p_fires)  # (d_sae,)
+    u = 1 - p_class @ entropy(p_fires) / total
+    some = total > 1e-9
     return u[some].mean().item() if some.any() else 0.0
 
 
@@ -553,7 +561,8 @@ def cifar10_vit(
     # On "meta", where weights will be loaded: no time is lost on random ones.
     with contextlib.nullcontext() if weights == "none" else torch.device("meta"):
         if arch == "vit_tiny":
-            vit = VisionTransformer(size, patch, 4, 4, 128, 512, num_classes=n_classes)
+            shape = {"num_layers": 4, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 512}
+            vit = VisionTransformer(size, patch, **shape, num_classes=n_classes)
         else:
             vit = torchvision.models.get_model(arch, image_size=size)
     vit.heads = nn.Identity()
@@ -564,12 +573,14 @@ def cifar10_vit(
 
         def translate(state):  # without its head, for this image size
             state = {key: value for key, value in state.items() if not key.startswith("heads.")}
-            known = "encoder.pos_embedding" in state
-            return interpolate_embeddings(size, patch, state) if known else state
+            if "encoder.pos_embedding" in state:
+                state = interpolate_embeddings(size, patch, state)
+            return state
 
         load_weights(vit, weights, url, translate)
     last, head = vit.encoder.layers[-1], nn.Linear(vit.hidden_dim, n_classes)
-    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    nn.init.zeros_(head.weight)  # all classes are equal at the start
+    nn.init.zeros_(head.bias)
     layers = {"mlp": ResidualMLP(last.ln_2, last.mlp), "ln": vit.encoder.ln, "head": head}
     trunk = nn.Sequential(Pixels(size, **IMAGENET_PIXELS), ViTTrunk(vit))
     return trunk, nn.Sequential(OrderedDict(layers)), "ln"
@@ -681,7 +692,7 @@ def load_weights(net: nn.Module, weights: str, url: str, translate: Callable) ->
 
 
 # === 6. Data ======================================================================================
-# a split is a pair: uint8 images [N, C, H, W] and class numbers [N]
+# a split is a pair: uint8 images [N, C, H, W], or paths [N] of photos, and class numbers [N]
 
 
 def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -721,14 +732,12 @@ def decode_photo(path: bytes, size: int) -> np.ndarray:
         reason = " ".join(str(error).split())[:60]
         raise OSError(f"cannot read the image {os.fsdecode(path)} ({reason}): mend or remove it"
                       ) from error  # fmt: skip
-    (width, height), box = image.size, None
     if size < 384:
-        x, y, half = width / 2, height / 2, min(width, height) * 7 / 16
-        box = (x - half, y - half, x + half, y + half)
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box))
+        return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, bleed=1 / 16))
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def pixels(images: Tensor | np.ndarray, size: int = 384) -> Tensor:
+def decoded(images: Tensor | np.ndarray, size: int = 384) -> Tensor:
     """uint8 [B, C, H, W]: of photos, which are kept as paths, decoded; what is pixels stays so."""
     if isinstance(images, Tensor):
         return images
@@ -801,7 +810,7 @@ def balanced(y: Tensor, limit: int) -> Tensor:
 
 def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> SimpleNamespace:
     """The splits `train`, `val` and `test`, with at most `limit` examples each, balanced over the
-    classes; checksums of all three, `prints`; and the classes' `names`. `val` is taken from the
+    classes; `checksums` of all three; and the classes' `names`. `val` is taken from the
     training files, the same for all seeds: a sixth of digits and MNIST, a tenth of the others, but
     at most 25,000. `test`: the official test or validation files. Raises ValueError and what the
     loaders raise."""
@@ -814,7 +823,7 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> S
         *test, others = load_folders(data_dir, "val")
         if names != others:
             odd = min(set(names) ^ set(others))
-            raise ValueError(f"{data_dir}: only one of train and val has a class {odd}")
+            raise ValueError(f"{data_dir}: train and val need the same classes; one lacks {odd}")
     else:
         *train, names = load_torchvision(dataset, data_dir, train=True)
         *test, _ = load_torchvision(dataset, data_dir, train=False)
@@ -823,21 +832,55 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> S
                          f"and there are {len(names)} classes")  # fmt: skip
     n = len(train[1])
     if n < 3:
-        raise ValueError(f"{n} training images are too few")
+        raise ValueError(f"{n} training images are too few: three at least")
     n_val = max(1, n // 6 if dataset in ("digits", "mnist") else min(25_000, n // 10))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     parts = [(*train, order[n_val:]), (*train, order[:n_val]), (*test, torch.arange(len(test[1])))]
     if limit:
         parts = [(images, y, i[balanced(y[i], limit)]) for images, y, i in parts]
     train, val, test = ((images[index.numpy()], y[index]) for images, y, index in parts)
-    prints = [fingerprint(*split) for split in (train, val, test)]
-    return SimpleNamespace(train=train, val=val, test=test, names=names, prints=prints)
+    checksums = [fingerprint(*split) for split in (train, val, test)]
+    return SimpleNamespace(train=train, val=val, test=test, names=names, checksums=checksums)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """OSError, with what to do, if what is within cannot write `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        reason = f"cannot write {path} ({reason}): make room, or name another folder"
+        raise OSError(reason) from error
+
+
+def write_whole(path: Path, write: Callable) -> None:
+    """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
+    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def write_at(path: Path, place: int, data) -> None:
+    """Write bytes into an existing file. OSError if that fails."""
+    with writing(path), open(path, "r+b") as file:
+        file.seek(place)
+        file.write(data)
 
 
 @torch.no_grad()
 def trunk_features(
     trunk: nn.Module,  # frozen, on `device`
-    images: "Tensor | np.ndarray",  # uint8 [N, C, H, W], or N paths of photos
+    images: Tensor | np.ndarray,  # uint8 [N, C, H, W], or paths [N] of photos
     path: Path,  # of the .npy file that keeps the features
     key: int = 0,  # a number for all that changes them; a file made with another one is not used
     dtype: str = "float32",  # or "float16"
@@ -845,7 +888,10 @@ def trunk_features(
     batch_size: int = 64,
     size: int = 384,  # side of the decoded photos
     workers: int = 0,  # processes that decode them
-    share: tuple[int, int] = (0, 1),  # (i, n): only the i-th of every n blocks
+    share: tuple[int, int] = (
+        0,
+        1,
+    ),  # (i, n): make the i-th of every n blocks; others may be missing
     progress: Callable = iter,
 ) -> Tensor:
     """trunk(images) [N, d], memory-mapped: read from `path`, or computed and left there.
@@ -858,7 +904,7 @@ def trunk_features(
     """
     n, block, sums_path = len(images), 64, path.with_suffix(".crc")
     blocks = [slice(i, min(i + block, n)) for i in range(0, n, block)]
-    for _ in range(3):  # the file is made, filled and read
+    for _ in range(4):  # made, filled, read; once more if another process made it at that time
         try:
             x, sums = np.load(path, mmap_mode="c"), np.fromfile(sums_path, np.uint32)
             if (len(x), x.dtype, len(sums)) != (n, dtype, len(blocks)):
@@ -866,8 +912,7 @@ def trunk_features(
         except (OSError, ValueError, EOFError) as error:
             if path.exists():
                 print(f"{path} is not the file of this run ({error}): made again", file=sys.stderr)
-                path.unlink()
-            shape = n, trunk(pixels(images[:1], size).to(device)).shape[1]
+            shape = n, trunk(decoded(images[:1], size).to(device)).shape[1]
             write_whole(sums_path, lambda file: file.write(bytes(4 * len(blocks))))
             write_whole(path, lambda file, shape=shape: np.lib.format.open_memmap(
                 file.name, "w+", dtype, shape))  # fmt: skip
@@ -880,7 +925,7 @@ def trunk_features(
             return torch.from_numpy(x)
         loader = torch.utils.data.DataLoader(
             images, sampler=[blocks[i] for i in todo], batch_size=None,
-            collate_fn=partial(pixels, size=size),
+            collate_fn=partial(decoded, size=size),
             num_workers=0 if isinstance(images, Tensor) else workers, pin_memory=device == "cuda",
         )  # fmt: skip
         for i, photos in zip(todo, progress(loader), strict=True):
@@ -888,28 +933,28 @@ def trunk_features(
                 h = [trunk(part.to(device, non_blocking=True)) for part in photos.split(batch_size)]
             h = torch.cat(h).float().cpu().to(getattr(torch, dtype)).numpy()
             if not np.isfinite(h).all():
-                raise FloatingPointError(f"features of the trunk are not finite in {dtype}")
+                raise FloatingPointError(
+                    f"features of the trunk are not finite in {dtype}; are the weights whole?"
+                )
             write_at(path, x.offset + blocks[i].start * x.strides[0], h)
             write_at(sums_path, 4 * i, np.uint32(zlib.crc32(h, key)))
     raise OSError(f"{path} does not keep what is written to it: use another --cache-dir")
 
 
 # === 7. Training ==================================================================================
-# loss = cross_entropy(logits, y) + weight * (1 - t) * aux(h, target)       t from 0 to 1
+# loss = cross_entropy(logits, y) + weight * (1 - t) * aux(h, target)
+# t: the share of the steps done, from 0 to 1
 # aux = mean squared error / variance of h,  or  1 - cosine similarity
 
 
 def flip_and_shift(images: Tensor, generator: torch.Generator, most: int = 4) -> Tensor:
     """Images [B, C, H, W], each mirrored or not and moved by up to `most` pixels, at random."""
     n, _, height, width = images.shape
-    draws = torch.randint(2 * most + 1, (2, n, 1), generator=generator)
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5
-    rows, columns = torch.arange(height) + draws[0], torch.arange(width) + draws[1]
-    columns = torch.where(mirrored, columns.flip(1), columns)  # (B, W)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    padded = F.pad(images, [most] * 4).permute(0, 2, 3, 1)  # (B, H + 8, W + 8, C)
-    example = torch.arange(n, device=images.device)[:, None, None]
-    return padded[example, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    down, right = torch.randint(2 * most + 1, (2, n), generator=generator).tolist()
+    mirrored = (torch.rand(n, 1, 1, 1, generator=generator) < 0.5).to(images.device)
+    places = zip(F.pad(images, [most] * 4), down, right, strict=True)
+    moved = torch.stack([image[:, i : i + height, j : j + width] for image, i, j in places])
+    return torch.where(mirrored, moved.flip(3), moved)
 
 
 def fit(
@@ -917,7 +962,7 @@ def fit(
     layer: str,  # name of the layer whose output is h
     x: Tensor,  # inputs [N, ...], on any device
     y: Tensor,  # class numbers [N]
-    targets: "Tensor | Rows | None" = None,  # constants [N, d_in]. None: the task alone
+    targets: Tensor | LazyRows | None = None,  # constants [N, d_in]. None: the task alone
     weight: float = 0.0,  # of the auxiliary loss at the start; it falls to zero
     aux_loss: str = "mse",  # or "cosine", which leaves the scale of h free
     epochs: int = 1,
@@ -931,7 +976,9 @@ def fit(
     taken once at the start, from up to 4096 examples: one `weight` then suits layers of any scale.
     Seeds torch's generator, so that dropout repeats as well. Where torch.distributed is initialized
     each process takes its share of every batch. Raises FloatingPointError, with the epoch, on
-    divergence."""
+    divergence, and ValueError for an unknown `aux_loss`."""
+    if aux_loss not in ("mse", "cosine"):
+        raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -965,14 +1012,16 @@ def fit(
             loss.backward()
             optimizer.step()
             epoch, rest = divmod(step * epochs, len(order))
-            if rest == 0 and not task_loss.sum() < 1e6 * len(index):  # dead ReLUs can hold it there
-                reason = f"{task_loss.mean():.3g} is not finite or over 1e6; lower the rate"
+            # Dead ReLUs can hold a diverged network at a finite loss; and nan is not < 1e6 either.
+            if rest == 0 and not task_loss.sum() < 1e6 * len(index):
+                reason = f"{task_loss.mean():.3g} is not finite or over 1e6; lower the rate, --lr"
                 raise FloatingPointError(f"the loss diverged in epoch {epoch}: {reason}")
     model.eval()
 
 
 # === 8. Cycles ====================================================================================
-# for each cycle and arm:  targets = rule(sae, h, y)      fit      h      fresh SAE      measure
+# For each cycle and arm, from the model and SAE of the cycle before:
+#     targets = rule(sae, h, y)    fit(net, targets)    sae = train_sae(new h)    measure(net, sae)
 
 
 def arm_rules(n_classes: int, top_k: int) -> dict[str, Callable | None]:
@@ -984,15 +1033,15 @@ def arm_rules(n_classes: int, top_k: int) -> dict[str, Callable | None]:
     }
 
 
-def class_mean_targets(h: Tensor, y: Tensor, n_classes: int) -> Tensor | Rows:
+def class_mean_targets(h: Tensor, y: Tensor, n_classes: int) -> Tensor | LazyRows:
     """The mean h of each example's class, [N, d_in]: no SAE in it."""
     mean = class_mean(h, y, n_classes)
-    return Rows(len(h), lambda i: mean[y[i]]).kept()
+    return LazyRows(len(h), lambda i: mean[y[i]]).in_memory()
 
 
 def codes(sae, h: Tensor) -> Tensor:
     """z [N, d_sae] of all rows of h, encoded in chunks: what arises on the way is larger still."""
-    return Rows(len(h), lambda index: sae.encode(h[index])).kept(max_bytes=math.inf)
+    return LazyRows(len(h), lambda index: sae.encode(h[index])).in_memory(max_bytes=math.inf)
 
 
 @torch.no_grad()
@@ -1053,9 +1102,9 @@ def saeception(
     """The method. Yields a state after the baseline, which is cycle 0, and after every cycle:
 
     `rows`, one dict of measurements per cycle and arm; `cycle`, the last one done; `models` and
-    `saes`, the latest state_dict of each arm and of the "baseline" (see `restore`). Each arm trains
-    its own copy of the model on, with the same batches in the same order. Raises what `fit` and
-    `train_sae` raise.
+    `saes`, the latest state_dict of each arm and of the "baseline", and `k`, for `restore`. Each
+    arm trains its own copy of the model on, with the same batches in the same order. Raises what
+    `fit` and `train_sae` raise.
     """
     device = next(model.parameters()).device
     x, y = train[0], train[1].to(device)
@@ -1067,21 +1116,22 @@ def saeception(
         rows, models, saes = list(state["rows"]), dict(state["models"]), dict(state["saes"])
         for arm, rule in arms.items() if cycle else [("baseline", None)]:
             what, seconds = f"seed {seed} cycle {cycle} {arm}", [time.perf_counter()]
-            order = 1000 * seed + cycle  # of the batches: the same in every arm
-            net, targets = copy.deepcopy(model), None
+            batch_seed = 1000 * seed + cycle  # the same batches in every arm
+            before = model
             if cycle > 0:
-                # The targets may be read from `before` while its copy is trained.
                 before, sae = restore(model, state, arm if cycle > 1 else "baseline")
-                targets = rule(sae, layer_output(before, layer, x), y) if rule else None
-                net = copy.deepcopy(before)
+            targets = rule(sae, layer_output(before, layer, x), y) if rule else None
+            net = copy.deepcopy(before)  # lazy targets are read from `before` while this one trains
             try:
                 if cycle > 0 or not pretrained:
                     bar = partial(progress, desc=f"{what}: train")
-                    options = {"seed": order, "progress": bar} | (fit_options or {})
+                    options = {"seed": batch_seed, "progress": bar} | (fit_options or {})
                     fit(net, layer, x, y, targets, weight, **options)
                 seconds.append(time.perf_counter())
                 bar = partial(progress, desc=f"{what}: SAE")
-                options = {"seed": order, "progress": bar, "device": device} | (sae_options or {})
+                options = {"seed": batch_seed, "progress": bar, "device": device} | (
+                    sae_options or {}
+                )
                 sae = train_sae(layer_output(net, layer, x), d_sae, k, **options)
                 seconds.append(time.perf_counter())
             except FloatingPointError as error:
@@ -1089,11 +1139,9 @@ def saeception(
             row = {"seed": seed, "cycle": cycle, "arm": arm} | measure(net, layer, sae, *test)
             if val:
                 row |= {f"val_{key}": v for key, v in measure(net, layer, sae, *val).items()}
-            seconds.append(time.perf_counter())
-            row["seconds_train"], row["seconds_sae"], row["seconds_measure"] = np.diff(
-                seconds
-            ).tolist()
-            rows.append(row | {"seconds": seconds[-1] - seconds[0]})
+            stages = np.diff([*seconds, time.perf_counter()]).tolist()
+            row |= zip(("seconds_train", "seconds_sae", "seconds_measure"), stages, strict=True)
+            rows.append(row | {"seconds": sum(stages)})
             models[arm], saes[arm] = net.state_dict(), sae.state_dict()
         state = {"rows": rows, "cycle": cycle, "k": k, "models": models, "saes": saes}
         yield state
@@ -1104,8 +1152,8 @@ def saeception(
 
 
 # Set by torchrun. With --tune last each process makes its share of the trunk's features; rank 0
-# does all the rest, which is small. With --tune all each process does everything, but its share of
-# every batch in `fit`. Rank 0 alone prints and writes.
+# does all the rest, which is small. With --tune all each process repeats everything, except that in
+# `fit` it computes its share of each batch. Rank 0 alone prints and writes.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -1171,7 +1219,7 @@ def draw_clusters(panels: dict[str, Tensor], y: Tensor, names: list[str]) -> Ima
     return image
 
 
-def draw_features(z: Tensor, images, y: Tensor, mean: Tensor, names: list[str]) -> Image.Image:
+def draw_features(z: Tensor, images, y: Tensor, mean: Tensor, names, size: int) -> Image.Image:
     """A line for each of the first 20 classes: its three features with the largest class mean
     (mean [n_classes, d_sae]), each as the eight images [N, C, H, W] with the largest z [N, d_sae],
     framed in the colour of their own class y [N]."""
@@ -1186,7 +1234,8 @@ def draw_features(z: Tensor, images, y: Tensor, mean: Tensor, names: list[str]) 
             text = f"feature {feature}, mean {mean[c, feature]:.2f}"
             draw.text((left, top + 20), text, fill="black", font=font)
             best = z[:, feature].topk(n_best).indices.cpu()
-            for n, (i, photo) in enumerate(zip(best.tolist(), pixels(images[best]), strict=True)):
+            photos = decoded(images[best.numpy()], size)
+            for n, (i, photo) in enumerate(zip(best.tolist(), photos, strict=True)):
                 x0, y0 = left + n * side, top + 41
                 draw.rectangle((x0, y0, x0 + side - 3, y0 + side - 3), fill=colours[int(y[i])])
                 photo = torchvision.transforms.functional.to_pil_image(photo).convert("RGB")
@@ -1194,52 +1243,15 @@ def draw_features(z: Tensor, images, y: Tensor, mean: Tensor, names: list[str]) 
     return canvas
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """OSError, with what to do, if what is within cannot write `path`."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        reason = f"cannot write {path} ({reason}): make room, or name another folder"
-        raise OSError(reason) from error
-
-
-def write_whole(path: Path, write: Callable) -> None:
-    """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
-    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
-
-
-def write_at(path: Path, place: int, data) -> None:
-    """Write bytes into an existing file. OSError if that fails."""
-    with writing(path), open(path, "r+b") as file:
-        file.seek(place)
-        file.write(data)
-
-
 def save_run(folder: Path, config: dict, saved: dict) -> None:
-    """checkpoint.pt, from which --resume goes on, and results.json with the rows of `saved`."""
+    """checkpoint.pt, from which --resume goes on, and results.json, where nan is null."""
     checkpoint = {"config": config} | saved
     write_whole(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-    environment = {m.__name__: str(m.__version__) for m in (torch, torchvision, np)} | {
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if config["device"] == "cuda" else None,
-    }
-    rows = [{key: value if value == value else None for key, value in row.items()}  # null for nan
-            for row in saved["rows"]]  # fmt: skip
+    environment = {m.__name__: str(m.__version__) for m in (torch, torchvision, np)}
+    environment |= {"python": platform.python_version(), "machine": platform.platform()}
+    environment["threads"] = torch.get_num_threads()
+    environment["gpu"] = torch.cuda.get_device_name() if config["device"] == "cuda" else None
+    rows = [{k: v if v == v else None for k, v in row.items()} for row in saved["rows"]]
     results = {"config": config, "environment": environment, "rows": rows}
     text = json.dumps(results, indent=1, allow_nan=False)
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
@@ -1344,10 +1356,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
                 name = "--" + key.replace("_", "-")
                 error(f"--resume: {folder} was run with {name} {config[key]}; leave {name} out")
     else:
-        dataset, train = (
-            given.get("dataset", "digits"),
-            Path(given.get("data_dir", "data"), "train"),
-        )
+        dataset = given.get("dataset", "digits")
+        train = Path(given.get("data_dir", "data"), "train")
         row = "vit_tiny" if given.get("arch") == "vit_tiny" else dataset
         if row == "imagenet" and not is_imagenet([p.name for p in train.glob("*") if p.is_dir()]):
             row = "folders"
@@ -1373,7 +1383,8 @@ def build(config: dict, names: list[str], seed: int) -> tuple:
     """Trunk, model, and whether the model can classify before any training. With --tune all the
     trunk is a part of the model."""
     arch, weights, kept_head = config["arch"], config["weights"], False
-    torch.manual_seed(seed if config["tune"] == "all" else 0)  # features serve all seeds
+    # Cached features serve all seeds: these differ, then, in the batches and the SAEs alone.
+    torch.manual_seed(seed if config["tune"] == "all" else 0)
     if arch == "mlp":
         trunk, model, _ = mnist_mlp(len(names))
     elif arch.startswith("vit"):
@@ -1396,47 +1407,42 @@ def cached_splits(config: dict, trunk, data: SimpleNamespace, share=(0, 1)) -> l
         about["weights"] = [str(Path(weights).resolve()), status.st_size, status.st_mtime_ns]
     about["bfloat16"] = device == "cuda"
     folder = Path(config["cache_dir"] or Path(config["data_dir"], "features"))
-    dtype = "float16" if len(data.train[1]) > 200_000 else "float32"
+    dtype = "float16" if len(data.train[1]) > 200_000 else "float32"  # ImageNet: 4 GB, not 8
     trunk, splits = trunk.to(device).eval().requires_grad_(False), []
-    for split, checksum in zip(("train", "val", "test"), data.prints, strict=True):
+    for split, checksum in zip(("train", "val", "test"), data.checksums, strict=True):
         images, y = getattr(data, split)
         key = zlib.crc32(json.dumps(about | {"split": split, "images": checksum}).encode())
         path = folder / f"{config['dataset']}-{config['arch']}-{split}-{key:08x}.npy"
         bar = partial(show_progress, desc=f"trunk, {split} split", size=64, unit="images")
-        options = *(config[k] for k in ("batch_size", "image_size", "workers")), share, bar
-        splits.append((trunk_features(trunk, images, path, key, dtype, device, *options), y))
+        options = {name: config[name] for name in ("device", "batch_size", "workers")}
+        options |= {"size": config["image_size"], "share": share, "progress": bar}
+        splits.append((trunk_features(trunk, images, path, key, dtype, **options), y))
     return splits
 
 
-def run(config: dict, data: SimpleNamespace, parts: tuple, folder: Path, saved: dict) -> None:
+def run(config: dict, data: SimpleNamespace, network: tuple, folder: Path, saved: dict) -> None:
     """Every seed, from where `saved` stands: prints the table, fills the folder."""
-    trunk, model, pretrained = parts
+    trunk, model, pretrained = network
     device, tune_all = config["device"], config["tune"] == "all"
     if not tune_all and WORLD > 1:
         cached_splits(config, trunk, data, share=(RANK, WORLD))
         dist.barrier()
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # `fit` would share its batches with those that leave here
         if RANK:
             return
     splits = [data.train, data.val, data.test] if tune_all else cached_splits(config, trunk, data)
-    stays = device == "cuda" and splits[0][0].nbytes > torch.cuda.mem_get_info()[0] / 2
-    train, val, test = ((x if stays else x.to(device), y.to(device)) for x, y in splits)
+    too_large = device == "cuda" and splits[0][0].nbytes > torch.cuda.mem_get_info()[0] / 2
+    train, val, test = ((x if too_large else x.to(device), y.to(device)) for x, y in splits)
     activations(model.to(device), config["layer"], train[0], slice(2))  # a bad layer shows here
     rules = arm_rules(len(data.names), config["top_k"])
-    fit_options = {name: config[name] for name in ("aux_loss", "epochs", "batch_size", "lr")}
+    options = {name: config[name] for name in ("d_sae", "cycles")}
+    options |= {"weight": config["aux_weight"], "pretrained": pretrained, "progress": show_progress}
+    options["k"] = config["sae_k"] if config["sae"] == "topk" else None
+    options["arms"] = {arm: rules[arm] for arm in config["arms"]}
+    options["sae_options"] = {"l1": config["l1"], "epochs": config["sae_epochs"]}
+    options["fit_options"] = {k: config[k] for k in ("aux_loss", "epochs", "batch_size", "lr")}
     if tune_all and config["dataset"] == "cifar10":
-        fit_options["augment"] = flip_and_shift
-    options = {
-        "d_sae": config["d_sae"],
-        "k": config["sae_k"] if config["sae"] == "topk" else None,
-        "weight": config["aux_weight"],
-        "cycles": config["cycles"],
-        "arms": {arm: rules[arm] for arm in config["arms"]},
-        "pretrained": pretrained,
-        "fit_options": fit_options,
-        "sae_options": {"l1": config["l1"], "epochs": config["sae_epochs"]},
-        "progress": show_progress,
-    }
+        options["fit_options"]["augment"] = flip_and_shift
     rows, state, seeds = saved["rows"], saved["state"], config["seeds"]
     print(table(rows), flush=True)
     if not RANK and test[1].bincount().max() < 2:
@@ -1469,9 +1475,9 @@ def draw_run(folder: Path, model, layer: str, train, test, data, state: dict, si
         score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
         panels[f"{arm}: silhouette {score:.3f}"] = sae.encode(h[shown])
         if arm == arms[:2][-1]:  # the first behind the baseline
-            before = layer_output(net, layer, train[0])
-            mean = class_mean(before, train[1], len(data.names), sae.encode).cpu()
-            features = draw_features(codes(sae, h), *data.test, mean, data.names)
+            h_train = layer_output(net, layer, train[0])
+            mean = class_mean(h_train, train[1], len(data.names), sae.encode).cpu()
+            features = draw_features(codes(sae, h), *data.test, mean, data.names, size)
     clusters = draw_clusters(panels, data.test[1][shown], data.names)
     write_whole(folder / "clusters.png", lambda file: clusters.save(file, "PNG"))
     write_whole(folder / "features.png", lambda file: features.save(file, "PNG"))
@@ -1491,20 +1497,22 @@ def main(argv: list[str] | None = None) -> int:
         if local:
             dist.barrier()  # until the first process of this machine has downloaded everything
         data = load_data(config["dataset"], config["data_dir"], config["limit"])
-        parts = build(config, data.names, saved["seed"] if saved else config["seeds"][0])
+        network = build(config, data.names, saved["seed"] if saved else config["seeds"][0])
         if WORLD > 1 and not local:
             dist.barrier()
         if saved is None:
-            saved = {"rows": [], "seed": config["seeds"][0], "state": None, "data": data.prints}
+            saved = {"rows": [], "seed": config["seeds"][0], "state": None, "data": data.checksums}
             now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # to the millisecond: always a new one
             folder = Path(config["out_dir"], f"{config['dataset']}-{now}")
-        elif saved["data"] != data.prints:
+        elif saved["data"] != data.checksums:
             place = config["data_dir"]
             raise ValueError(f"--resume: the images in {place} are not those of the run")
         if RANK == 0:
             save_run(folder, config, saved)  # --resume works from here on; results.json is whole
         with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
-            run(config, data, parts, folder, saved)
+            run(config, data, network, folder, saved)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("TRACEBACK"):  # for who changes this file
@@ -1512,24 +1520,21 @@ def main(argv: list[str] | None = None) -> int:
         status = 2 if isinstance(error, ValueError) else 1
         reason = str(error).strip().rpartition("\n")[2]  # the last line of what a worker says
         reason = reason.removeprefix("OSError: ") or type(error).__name__
-        hint = f"; go on with: python saeception.py --resume {folder}"
+        resume = f"go on with: python saeception.py --resume {folder}"
+        hint = f"what is finished is in {folder}"  # to go on would come to the same error
         if isinstance(error, KeyboardInterrupt):
-            reason, status = "interrupted", 130
+            reason, status, hint = "interrupted", 130, resume
+        elif isinstance(error, OSError):
+            hint = resume
         elif isinstance(error, torch.cuda.OutOfMemoryError):
             smaller = max(1, config["batch_size"] // 2)
             reason = f"the GPU has too little memory; try --batch-size {smaller}"
         elif isinstance(error, RuntimeError) and WORLD > 1:
-            reason = (
-                f"this or another process of the run failed ({reason}); start all of them again"
-            )
-        elif not isinstance(error, OSError | ValueError | FloatingPointError):
-            reason = (
-                f"{type(error).__name__}: {reason} (TRACEBACK=1 in the environment tells where)"
-            )
-        if not isinstance(error, OSError | KeyboardInterrupt):  # the same would come again
-            hint = f"; what is finished is in {folder}"
+            reason, hint = f"this or another process of the run failed ({reason})", resume
+        elif not isinstance(error, ValueError | FloatingPointError):
+            reason = f"{type(error).__name__}: {reason} (set TRACEBACK=1 to see where)"
         if not RANK or status == 1:  # a bad argument is the same for all
-            hint = hint if folder and folder.exists() else ""
+            hint = f"; {hint}" if folder and folder.exists() else ""
             print(f"saeception.py: error: {reason}{hint}", file=sys.stderr)
         return status
 

@@ -312,6 +312,17 @@ def test_cluster_metrics(case):
     assert S.calinski_harabasz_score(x, y) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_silhouette_does_not_trust_rough_products(precision):
+    x, y = metric_cases()["random"]
+    exact = S.silhouette_score(x, y)
+    torch.set_float32_matmul_precision(precision)  # TF32 or bfloat16 where the machine has them
+    try:
+        assert S.silhouette_score(x, y) == pytest.approx(exact, rel=1e-5)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_cluster_metrics_of_degenerate_points():
     y = torch.arange(10) // 5
     one_place, two_places = torch.full((10, 2), 0.1), torch.randn(2, 3)[y]
@@ -722,11 +733,11 @@ def test_photos_are_decoded_cropped_and_named(tmp_path):
     assert data.names == ["cat", "dog"]
     assert [len(y) for _, y in (data.train, data.val, data.test)] == [22, 2, 24]
     for photos, y in (data.train, data.val, data.test):
-        images = S.pixels(photos, 32)
+        images = S.decoded(photos, 32)
         assert images.shape == (len(y), 3, 32, 32) and images.dtype == torch.uint8
         assert torch.equal(images.float().mean((2, 3)).argmax(1), y)
     some = np.array([20, 3])
-    assert torch.equal(S.pixels(data.test[0][some], 9), S.pixels(data.test[0], 9)[some])
+    assert torch.equal(S.decoded(data.test[0][some], 9), S.decoded(data.test[0], 9)[some])
     # A white frame, a 16th on each side, is cut off below 384 pixels, and not from there on.
     frame = np.full((160, 160, 3), 255, np.uint8)
     frame[10:-10, 10:-10] = 0
@@ -739,9 +750,9 @@ def test_photos_are_decoded_cropped_and_named(tmp_path):
     bad = tmp_path / "train" / "dog" / "00a.JPEG"
     bad.write_bytes(bad.read_bytes()[:300])
     with pytest.raises(OSError, match="cannot read the image .*00a.JPEG"):
-        S.pixels(S.load_data("imagenet", tmp_path).train[0], 32)
+        S.decoded(S.load_data("imagenet", tmp_path).train[0], 32)
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
-    with pytest.raises(ValueError, match="only one of train and val has a class dog"):
+    with pytest.raises(ValueError, match="need the same classes; one lacks dog"):
         S.load_data("imagenet", tmp_path)
 
 
@@ -845,13 +856,13 @@ def test_what_is_too_large_for_memory_is_read_in_rows(monkeypatch):
     arms = ["sae-ception", "control", "class-mean"]
     rules = {name: S.arm_rules(4, 4)[name] for name in arms}
     expected = final(model, "1", data, data, **options(arms=rules))["rows"]
-    kept = S.Rows.kept
+    in_memory = S.LazyRows.in_memory
     monkeypatch.setattr(
-        S.Rows, "kept", lambda rows, max_bytes=0: kept(rows, max_bytes and math.inf)
+        S.LazyRows, "in_memory", lambda rows, max_bytes=0: in_memory(rows, max_bytes and math.inf)
     )
     h = S.layer_output(model, "1", data[0])
-    assert isinstance(h, S.Rows) and isinstance(S.sharpened_targets(
-        S.train_sae(h, 9, epochs=1), h, data[1], 4, 4), S.Rows)  # fmt: skip
+    assert isinstance(h, S.LazyRows) and isinstance(S.sharpened_targets(
+        S.train_sae(h, 9, epochs=1), h, data[1], 4, 4), S.LazyRows)  # fmt: skip
     half = data[0].half(), data[1]
     for rows, tolerance in (
         (final(model, "1", data, data, **options(arms=rules))["rows"], 1e-4),
@@ -891,6 +902,24 @@ def test_auxiliary_gradient_is_that_of_mse_over_variance():
     loss = nn.functional.cross_entropy(plain(x), y) + 0.7 * ((h - targets) ** 2).mean() / variance
     loss.backward()
     torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_weight_of_the_auxiliary_loss_falls_to_zero():
+    x, y = blobs(64)
+    targets = torch.rand(64, 8)
+    model, plain = small_net(), small_net()
+    variance = plain[:2](x).var(0).mean().detach()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    for step in range(5):  # the same training, written out
+        h = plain[:2](x)
+        aux = (h - targets).square().mean() / variance
+        loss = nn.functional.cross_entropy(plain[2](h), y) + 0.8 * (1 - step / 5) * aux
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    S.fit(model, "1", x, y, targets, 0.8, epochs=5, batch_size=64, lr=1e-2)
+    for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fit_pulls_each_example_to_its_own_target():
@@ -1280,7 +1309,7 @@ def test_the_head_of_the_checkpoint_is_kept_for_imagenet(tmp_path, capsys):
     assert config["epochs"] == S.DEFAULTS["imagenet"]["epochs"]
     trunk, model, _ = S.imagenet_convnext("convnextv2_atto", None, str(tmp_path / "atto.pt"))
     data = S.load_data("imagenet", tmp_path)
-    images = S.pixels(data.test[0], 32)
+    images = S.decoded(data.test[0], 32)
     predicted = torch.cat([model(trunk(part)).argmax(1) for part in images.split(250)])
     expected = (predicted == data.test[1]).float().mean().item()
     assert rows_of(folder)[0]["accuracy"] == pytest.approx(expected, abs=2e-3)
