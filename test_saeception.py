@@ -350,6 +350,15 @@ def test_metrics_leave_their_input_alone():
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "int"])
+def test_metrics_of_points_of_other_types(kind):
+    x, y = metric_cases()["random"]
+    x = getattr(10 * x, kind)()
+    for name in ("silhouette", "davies_bouldin", "calinski_harabasz"):
+        score = getattr(S, f"{name}_score")
+        assert score(x, y) == pytest.approx(score(x.double(), y), rel=1e-5)
+
+
 def test_adjusted_rand():
     a = torch.tensor([0, 0, 1, 1, 2, 2, 2, 9])
     b = torch.tensor([5, 5, 5, 1, 1, 1, 3, 3])
@@ -841,6 +850,22 @@ def test_interrupted_and_shared_trunk_pass(tmp_path):
     assert torch.equal(S.trunk_features(trunk, images, path), whole) and trunk.seen == 0
 
 
+def test_a_cache_that_another_process_makes_anew_meanwhile(tmp_path):
+    torch.manual_seed(0)
+    images, path = random_images(1100, 4), tmp_path / "f.npy"
+    whole = S.trunk_features(Trunk(), images, tmp_path / "whole.npy")
+    torch.manual_seed(0)
+
+    class Rival(Trunk):
+        def forward(self, images):
+            if self.seen == 1 + 300 // 64 * 64:
+                np.save(path, np.zeros((1100, 5), np.float32))
+                np.zeros(18, np.uint32).tofile(path.with_suffix(".crc"))
+            return super().forward(images)
+
+    assert torch.equal(S.trunk_features(Rival(), images, path), whole)
+
+
 def test_a_full_disk_during_the_trunk_pass(tmp_path, monkeypatch):
     def full(path, place, data):
         raise OSError(f"cannot write {path} (No space left on device): make room, start again")
@@ -939,6 +964,8 @@ def test_fit_learns_and_names_the_epoch_of_a_divergence():
     assert (model(x).argmax(1) == y).float().mean() > 0.9
     with pytest.raises(FloatingPointError, match="epoch 1.*finite"):
         S.fit(small_net(), "1", x * torch.nan, y, epochs=2)
+    with pytest.raises(ValueError, match="'l2' is neither mse nor cosine"):
+        S.fit(model, "1", x, y, torch.rand(400, 8), 1.0, "l2")
 
 
 def test_flip_and_shift():
