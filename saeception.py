@@ -1347,8 +1347,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
         try:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             config = saved.pop("config")
-            if config.keys() != options:
-                raise KeyError("config")
+            if config.keys() != options or saved.keys() != {"rows", "seed", "state", "data"}:
+                raise KeyError("of another version")
         except Exception:  # each kind of damage raises a type of its own
             error(f"--resume: {folder} is no run folder: it has no readable checkpoint.pt")
         for key in given.keys() - movable:

@@ -1491,9 +1491,11 @@ def test_resume_with_other_settings_or_a_broken_checkpoint(tmp_path, capsys):
     status, _, err, _ = run(capsys, tmp_path, "--resume", folder, "--top-k", 9)
     assert status == 2 and "was run with --top-k 25" in err and len(err.splitlines()) == 1
     assert run(capsys, tmp_path, "--resume", folder, "--top-k", 25)[0] == 0
-    torch.save({"config": {"lr": 1.0}}, tmp_path / "other.pt")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(saved | {"config": {"lr": 1.0}}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    others = [(tmp_path / name).read_bytes() for name in ("other.pt", "list.pt")]
+    torch.save({"config": saved["config"]}, tmp_path / "part.pt")
+    others = [(tmp_path / name).read_bytes() for name in ("other.pt", "list.pt", "part.pt")]
     for content in ((folder / "checkpoint.pt").read_bytes()[:100], b"", b"no checkpoint", *others):
         (folder / "checkpoint.pt").write_bytes(content)
         status, _, err, _ = run(capsys, tmp_path, "--resume", folder)
