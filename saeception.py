@@ -70,7 +70,7 @@ MLP = COMMON | dict(arch="mlp", image_size=28, tune="all", layer="relu1", batch_
 CONVNEXT = COMMON | dict(arch="convnextv2_large", image_size=384, tune="last", layer="norm",
                          batch_size=64, aux_weight=0.3, d_sae=6144, l1=1.0, sae_k=32)
 DEFAULTS = {
-    "digits": MLP | dict(epochs=20, aux_weight=0.03, sae_epochs=30),
+    "digits": MLP | dict(epochs=20, aux_weight=0.01, sae_epochs=30),
     "mnist": MLP | dict(epochs=8, aux_weight=1.0, sae_epochs=10),
     "cifar10": COMMON | dict(arch="vit_h_14", image_size=384, tune="last", layer="ln", epochs=3,
                              batch_size=64, lr=1e-4, aux_weight=0.3, d_sae=5120, l1=1.0, sae_k=32,
