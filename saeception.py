@@ -177,7 +177,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def train_sae(
-    h: Tensor | LazyRows,  # activations [N, d_in], on any device
+    h: "Tensor | LazyRows",  # activations [N, d_in], on any device
     d_sae: int,  # number of features
     k: int | None = None,  # active features per example: a TopK SAE. None: ReLU and L1
     l1: float = 0.1,  # weight of the L1 norm of z; a TopK SAE does without
@@ -962,7 +962,7 @@ def fit(
     layer: str,  # name of the layer whose output is h
     x: Tensor,  # inputs [N, ...], on any device
     y: Tensor,  # class numbers [N]
-    targets: Tensor | LazyRows | None = None,  # constants [N, d_in]. None: the task alone
+    targets: "Tensor | LazyRows | None" = None,  # constants [N, d_in]. None: the task alone
     weight: float = 0.0,  # of the auxiliary loss at the start; it falls to zero
     aux_loss: str = "mse",  # or "cosine", which leaves the scale of h free
     epochs: int = 1,

@@ -1,5 +1,6 @@
 """Behaviour that users of saeception.py rely on. Makes its own data; needs no network, no GPU."""
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -14,6 +15,7 @@ import sys
 import time
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1530,6 +1532,34 @@ def test_help_shows_every_default(capsys):
     for name, values in S.DEFAULTS.items():
         assert f"{name}: {values}" in out
     assert all(f"--{key.replace('_', '-')}" in out for key in S.DEFAULTS["mnist"])
+
+
+def copied(*names):
+    """A namespace with the imports of saeception.py and these definitions of it, nothing else."""
+    tree = ast.parse((HERE / "saeception.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = [node for node in tree.body if getattr(node, "name", None) in names]
+    assert len(found) == len(names)
+    namespace = {}
+    exec(compile(ast.Module(imports + found, []), "copied", "exec"), namespace)
+    return SimpleNamespace(**namespace)
+
+
+def test_copied_pieces_work_without_the_rest():
+    h, y = blobs(300)
+    piece = copied("train_sae", "SparseAutoencoder", "resample", "batches", "take")
+    sae = piece.train_sae(h, 12, epochs=3, batch_size=30)
+    assert torch.equal(sae(h)[0], S.train_sae(h, 12, epochs=3, batch_size=30)(h)[0])
+    piece = copied("sharpened_targets", "class_top_k", "class_mean", "sharpen", "LazyRows")
+    targets = S.sharpened_targets(sae, h, y, 4, 5)
+    assert torch.equal(piece.sharpened_targets(sae, h, y, 4, 5), targets)
+    piece = copied("silhouette_score", "_clusters", "_distances")
+    assert piece.silhouette_score(h, y) == S.silhouette_score(h, y)
+    for name in ("davies_bouldin_score", "calinski_harabasz_score"):
+        piece = copied(name, "_clusters", "_centroids", "class_mean")
+        assert getattr(piece, name)(h, y) == getattr(S, name)(h, y)
+    piece = copied("fit", "capture", "find_layer", "activations", "batches", "take")
+    piece.fit(small_net(), "1", h, y, torch.rand(300, 8), 1.0)
 
 
 def test_the_example_of_the_readme(capsys):
