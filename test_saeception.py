@@ -1545,7 +1545,7 @@ def copied(*names):
     return SimpleNamespace(**namespace)
 
 
-def test_copied_pieces_work_without_the_rest():
+def test_copied_pieces_work_without_the_rest(tmp_path):
     h, y = blobs(300)
     piece = copied("train_sae", "SparseAutoencoder", "resample", "batches", "take")
     sae = piece.train_sae(h, 12, epochs=3, batch_size=30)
@@ -1560,6 +1560,11 @@ def test_copied_pieces_work_without_the_rest():
         assert getattr(piece, name)(h, y) == getattr(S, name)(h, y)
     piece = copied("fit", "capture", "find_layer", "activations", "batches", "take")
     piece.fit(small_net(), "1", h, y, torch.rand(300, 8), 1.0)
+    piece = copied("uncertainty_coefficient", "class_mean")
+    assert piece.uncertainty_coefficient(h, y) == S.uncertainty_coefficient(h, y)
+    names = ["decoded", "decode_photo", "writing", "write_whole", "write_at"]
+    piece, images = copied("trunk_features", *names), random_images(70, 4)
+    assert piece.trunk_features(Trunk(), images, tmp_path / "f.npy").shape == (70, 5)
 
 
 def test_the_example_of_the_readme(capsys):
