@@ -191,10 +191,12 @@ def train_sae(
     """Train a fresh SAE on activations. It comes back frozen and takes h as it is.
 
     Inside, h is scaled to a mean squared norm of d_in, so that one `l1` suits layers of any scale;
-    in the end the scale is folded into the biases, and z is in units of h. Raises
+    in the end the scale is folded into the biases, and z is in units of h. (From an h whose mean is
+    many times its spread, take the mean away first: the scale is that of both.) Raises
     FloatingPointError if h is constant or the loss stops being finite.
     """
-    n, device, lr = len(h), device or h[:1].device, lr or 0.003 * math.sqrt(256 / d_sae)
+    n, device = len(h), device or h[:1].device
+    lr = 0.003 * math.sqrt(256 / d_sae) if lr is None else lr
     some = take(h, batches(n, 4096, 1, seed)[0], device)  # enough to know mean and scale by
     if (some == some[0]).all():
         raise FloatingPointError("the layer is dead: one output for all examples; lower --lr")
@@ -365,6 +367,8 @@ def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, k: int) -> Tens
 def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Points x [N, D], checked; their float64 mean [D]; labels as 0..C-1 [N]; cluster sizes [C]."""
     x = torch.as_tensor(x)
+    if x.ndim != 2:
+        raise ValueError(f"points are rows of a matrix [N, D], not {list(x.shape)}")
     x = x if x.dtype == torch.float64 else x.float()
     x = x.cpu() if x.device.type == "mps" else x  # Apple's mps has no float64
     labels = torch.as_tensor(labels, device=x.device)
@@ -378,21 +382,27 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return x, mean, labels, count
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j| [n, m] of centred points a [n, D] and b [m, D], to a relative 1e-4 or better.
-    Where b is the very same tensor as a, the diagonal is exactly 0."""
+def _distances(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
+    """|a_i - b_j| [n, m] of points a [n, D] and b [m, D], to a relative 1e-4 or better down to 1e-7
+    of the largest norm; `mean` [D], float64, of all points. 0 on the diagonal if b is a."""
     # |a|^2 + |b|^2 - 2 a.b has no digits left in float32 for points that are closer to each other
     # than to the origin, nor where products are TF32 or bfloat16: there it takes float64.
-    aa, bb = a.square().sum(1, keepdim=True), b.square().sum(1)
-    square = torch.addmm(bb, a, b.T, alpha=-2).add_(aa)
+    p = a - mean.to(a.dtype)
+    q = p if a is b else b - mean.to(b.dtype)
+    pp, qq = p.square().sum(1, keepdim=True), q.square().sum(1)
+    square = torch.addmm(qq, p, q.T, alpha=-2).add_(pp)
     if a is b:
         square.fill_diagonal_(torch.inf)
-    close = square.amin(1, keepdim=True) < 1e-3 * (aa + bb.max())
-    rough = torch.get_float32_matmul_precision() != "highest" or close.any()
-    if a.dtype != torch.float64 and rough:
-        doubles = a.double()
-        return _distances(doubles, doubles if a is b else b.double())
-    return (square.fill_diagonal_(0) if a is b else square.clamp_min_(0)).sqrt_()
+    far = square.amin(1, keepdim=True) > 1e-3 * (pp + qq.max())  # not so for 0, inf and nan
+    exact = far.all() and torch.get_float32_matmul_precision() == "highest"
+    if a.dtype != torch.float64 and not exact:
+        double = a.double()
+        return _distances(double, double if a is b else b.double(), mean)
+    if a is b:
+        square.fill_diagonal_(0)
+    if a.dtype == torch.float64:  # between equal points only rounding is left
+        square = square.where(square > 4e-15 * (pp + qq), 0)
+    return square.sqrt_()
 
 
 def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
@@ -402,13 +412,12 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
     ValueError for fewer than 2 or more than N - 1 different labels, as the next two scores do.
     """
     x, mean, labels, count = _clusters(x, labels)
-    mean = mean.to(x.dtype)  # a little off does not matter: distances do not depend on it
     sums = count.new_zeros(len(x), len(count), dtype=torch.float64)  # of distances to each cluster
     for i in range(0, len(x), chunk):
-        at, p = slice(i, i + chunk), x[i : i + chunk] - mean
+        at, a = slice(i, i + chunk), x[i : i + chunk]
         for j in range(i, len(x), chunk):
-            to, q = slice(j, j + chunk), p if i == j else x[j : j + chunk] - mean
-            distance = _distances(p, q)
+            to, b = slice(j, j + chunk), a if i == j else x[j : j + chunk]
+            distance = _distances(a, b, mean)
             sums[at] += distance @ F.one_hot(labels[to], len(count)).to(distance.dtype)
             if i != j:  # by symmetry, half the work
                 sums[to] += distance.T @ F.one_hot(labels[at], len(count)).to(distance.dtype)
@@ -473,7 +482,8 @@ def uncertainty_coefficient(z: Tensor, labels: Tensor) -> float:
     def entropy(p):  # of a coin, in nats; the ratio has no unit
         return torch.special.entr(p) + torch.special.entr(1 - p)
 
-    z, labels = z.cpu(), labels.cpu().unique(return_inverse=True)[1]
+    z, labels = torch.as_tensor(z).cpu(), torch.as_tensor(labels).cpu()
+    labels = labels.unique(return_inverse=True)[1]
     p_class = labels.bincount().double() / len(labels)  # (C,)
     p_fires = class_mean(z, labels, len(p_class), lambda z: (z > 0).double())  # (C, d_sae)
     total = entropy(p_class @ p_fires)  # (d_sae,)
@@ -722,7 +732,8 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def decode_photo(path: bytes, size: int) -> np.ndarray:
     """An image file as RGB, uint8 [size, size, 3]. Below 384 pixels the middle 7/8 of the shorter
     side is taken, from there on the whole image is warped: what the official ConvNeXt-V2
-    checkpoints were evaluated on. OSError names a bad file."""
+    checkpoints were evaluated on, as is that no EXIF orientation is applied. OSError names a bad
+    file."""
     try:
         with Image.open(os.fsdecode(path)) as file:
             if file.mode[0] in "IF":
@@ -976,7 +987,10 @@ def fit(
     taken once at the start, from up to 4096 examples: one `weight` then suits layers of any scale.
     Seeds torch's generator, so that dropout repeats as well. Where torch.distributed is initialized
     each process takes its share of every batch. Raises FloatingPointError, with the epoch, on
-    divergence, and ValueError for an unknown `aux_loss`."""
+    divergence, and ValueError for an unknown `aux_loss`, for y or targets that do not fit x and h,
+    and if nothing is trained on which h depends."""
+    if len(y) != len(x) or (targets is not None and len(targets) != len(x)):
+        raise ValueError("x, y and targets need the same number of rows")
     if aux_loss not in ("mse", "cosine"):
         raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
     device = next(model.parameters()).device
@@ -986,7 +1000,10 @@ def fit(
     order = batches(len(x), batch_size, epochs, seed)
     if targets is not None:
         some = batches(len(x), 4096, 1, seed)[0]
-        variance = activations(model, layer, x, some)[0].var(0).mean()
+        h = activations(model, layer, x, some)[0]
+        variance = h.var(0).mean()
+        if targets[:1].shape[1:] != h.shape[1:]:
+            raise ValueError(f"targets have to be [N, {h.shape[1]}], as h is")
     model.train()
     net, rank, world = model, 0, 1
     if dist.is_initialized():
@@ -1000,6 +1017,10 @@ def fit(
             logits, mine = net(batch[rank::world]), index[rank::world]
             loss = task_loss = F.cross_entropy(logits, take(y, mine, device), reduction="none")
             if targets is not None:
+                if not seen.h.requires_grad:
+                    raise ValueError(
+                        f"--layer {layer}: nothing that is trained lies before its end"
+                    )
                 target = take(targets, mine, device)
                 if aux_loss == "mse":
                     aux = (seen.h - target).square().mean(1) / variance
@@ -1013,9 +1034,11 @@ def fit(
             optimizer.step()
             epoch, rest = divmod(step * epochs, len(order))
             # Dead ReLUs can hold a diverged network at a finite loss; and nan is not < 1e6 either.
-            if rest == 0 and not task_loss.sum() < 1e6 * len(index):
-                reason = f"{task_loss.mean():.3g} is not finite or over 1e6; lower the rate, --lr"
+            if rest == 0 and not (task_loss.sum() < 1e6 * len(index) and loss.isfinite()):
+                reason = f"{loss:.3g} is not finite or over 1e6; lower the rate, --lr"
                 raise FloatingPointError(f"the loss diverged in epoch {epoch}: {reason}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise FloatingPointError("the loss diverged in the last step; lower the rate, --lr")
     model.eval()
 
 
@@ -1107,7 +1130,7 @@ def saeception(
     `fit` and `train_sae` raise.
     """
     device = next(model.parameters()).device
-    x, y = train[0], train[1].to(device)
+    x, y = train[0], train[1].to(device).long()
     if arms is None:
         rules = arm_rules(int(max(y.max(), test[1].max())) + 1, top_k)
         arms = {name: rules[name] for name in ("sae-ception", "control")}
@@ -1335,11 +1358,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
     error, given, saved = parser.error, vars(parser.parse_args(argv)), None
     options, given = given.keys() - {"resume"}, {k: v for k, v in given.items() if v is not None}
 
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if given.setdefault("device", "auto") == "auto":
-        given["device"] = "cuda" if cuda else "cpu"
-    if not {"cpu": True, "cuda": cuda, "mps": mps}[given["device"]]:
-        error(f"--device {given['device']}: torch finds none on this machine; use --device cpu")
+    if "seeds" in given:
+        given["seeds"] = list(dict.fromkeys(given["seeds"]))  # each once
     workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     config = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": workers}
     movable = config.keys() | {"device"}
@@ -1362,9 +1382,15 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
         if row == "imagenet" and not is_imagenet([p.name for p in train.glob("*") if p.is_dir()]):
             row = "folders"
         config |= {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
-        config |= {"limit": None} | DEFAULTS[row]
+        config |= {"limit": None, "device": "auto"} | DEFAULTS[row]
+        if config["arch"] == "mlp" and given.keys() & {"weights", "image_size"}:
+            error("--weights and --image-size are for ViT and ConvNeXt, not for the MLP")
     config |= given
-    config["seeds"] = list(dict.fromkeys(config["seeds"]))  # each once
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if config["device"] == "auto":
+        config["device"] = "cuda" if found["cuda"] else "cpu"
+    if not found.get(config["device"], True):
+        error(f"--device {config['device']}: torch finds none on this machine; use --device cpu")
     for key in ["top_k", "sae_k"] if config["sae"] == "topk" else ["top_k"]:
         if config[key] > config["d_sae"]:
             name = key.replace("_", "-")

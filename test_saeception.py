@@ -345,6 +345,22 @@ def test_cluster_metrics_refuse(score):
         score(x / 0, torch.arange(10) % 2)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e15, 1e20])
+def test_silhouette_at_any_scale(scale):
+    x, y = metric_cases()["random"]
+    exact = S.silhouette_score(x.double(), y)
+    assert S.silhouette_score(x * scale, y) == pytest.approx(exact, rel=1e-4)
+
+
+def test_silhouette_of_close_clusters_and_one_far_point():
+    y = torch.arange(300) % 3
+    x = torch.tensor([[0.0, 0], [1e-3, 0], [0, 1e-3]])[y]
+    x = x + 3e-4 * torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    x[0] = 1e4
+    expected = naive_silhouette(x.double().numpy(), y.numpy())
+    assert S.silhouette_score(x, y) == pytest.approx(expected, rel=1e-4)
+
+
 def test_metrics_leave_their_input_alone():
     x, y = torch.randn(20, 3, dtype=torch.float64), torch.arange(20) % 3 + 5
     before = x.clone()
@@ -968,6 +984,24 @@ def test_fit_learns_and_names_the_epoch_of_a_divergence():
         S.fit(small_net(), "1", x * torch.nan, y, epochs=2)
     with pytest.raises(ValueError, match="'l2' is neither mse nor cosine"):
         S.fit(model, "1", x, y, torch.rand(400, 8), 1.0, "l2")
+    with pytest.raises(FloatingPointError, match="diverged in"):
+        S.fit(small_net(), "1", x, y, batch_size=400, lr=1e38)
+
+
+def test_fit_refuses_what_does_not_fit():
+    x, y = blobs(64)
+    for targets in (torch.rand(63, 8), torch.rand(65, 8)):
+        with pytest.raises(ValueError, match="same number of rows"):
+            S.fit(small_net(), "1", x, y, targets, 1.0)
+    for targets in (torch.rand(64, 1), torch.rand(64)):
+        with pytest.raises(ValueError, match="have to be .N, 8."):
+            S.fit(small_net(), "1", x, y, targets, 1.0)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        S.fit(small_net(), "1", x, y, torch.full((64, 8), torch.nan), 1.0)
+    frozen = small_net()
+    frozen[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing that is trained"):
+        S.fit(frozen, "1", x, y, torch.rand(64, 8), 1.0)
 
 
 def test_flip_and_shift():
@@ -1472,6 +1506,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
             "the layers are trunk, trunk.0, trunk.1, fc1, relu1, fc2, relu2, head",
         ),
         ("--limit 10", 2, "--limit 10"),
+        ("--weights nosuch.pt", 2, "not for the MLP"),
         ("--resume .", 2, "no run folder"),
         ("--lr 1e9 --limit 5000", 1, "cycle 0 baseline: the loss diverged in epoch"),
     ],
@@ -1482,17 +1517,26 @@ def test_bad_input_gets_one_line(arguments, status, message, tmp_path, capsys, c
     assert err.startswith(("saeception.py: error: ", "__main__.py: error: ", "pytest: error: "))
 
 
+def test_a_layer_that_no_target_can_reach(tmp_path, capsys):
+    status, _, err, _ = run(capsys, tmp_path, "--layer", "trunk.1", *SMALL)
+    last = err.strip().splitlines()[-1]
+    assert status == 2 and "--layer trunk.1: nothing that is trained" in last
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(tmp_path, capsys):
     status, _, err, _ = run(capsys, tmp_path, "--device", "cuda")
     assert status == 2 and "--device cpu" in err and len(err.splitlines()) == 1
 
 
-def test_resume_with_other_settings_or_a_broken_checkpoint(tmp_path, capsys):
-    folder = run(capsys, tmp_path, "--cycles", 0, *SMALL)[3]
+def test_resume_with_other_settings_or_a_broken_checkpoint(tmp_path, capsys, monkeypatch):
+    folder = run(capsys, tmp_path, "--cycles", 0, "--device", "cpu", *SMALL)[3]
     status, _, err, _ = run(capsys, tmp_path, "--resume", folder, "--top-k", 9)
     assert status == 2 and "was run with --top-k 25" in err and len(err.splitlines()) == 1
     assert run(capsys, tmp_path, "--resume", folder, "--top-k", 25)[0] == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert S.parse_arguments(["--resume", str(folder)])[0]["device"] == "cpu"  # that of the run
+    monkeypatch.undo()
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     torch.save(saved | {"config": {"lr": 1.0}}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
