@@ -899,10 +899,7 @@ def trunk_features(
     batch_size: int = 64,
     size: int = 384,  # side of the decoded photos
     workers: int = 0,  # processes that decode them
-    share: tuple[int, int] = (
-        0,
-        1,
-    ),  # (i, n): make the i-th of every n blocks; others may be missing
+    share: tuple[int, int] = (0, 1),  # (i, n): the i-th of every n blocks; others may be missing
     progress: Callable = iter,
 ) -> Tensor:
     """trunk(images) [N, d], memory-mapped: read from `path`, or computed and left there.
@@ -944,9 +941,7 @@ def trunk_features(
                 h = [trunk(part.to(device, non_blocking=True)) for part in photos.split(batch_size)]
             h = torch.cat(h).float().cpu().to(getattr(torch, dtype)).numpy()
             if not np.isfinite(h).all():
-                raise FloatingPointError(
-                    f"features of the trunk are not finite in {dtype}; are the weights whole?"
-                )
+                raise FloatingPointError(f"features not finite in {dtype}: are the weights whole?")
             write_at(path, x.offset + blocks[i].start * x.strides[0], h)
             write_at(sums_path, 4 * i, np.uint32(zlib.crc32(h, key)))
     raise OSError(f"{path} does not keep what is written to it: use another --cache-dir")
@@ -1018,9 +1013,7 @@ def fit(
             loss = task_loss = F.cross_entropy(logits, take(y, mine, device), reduction="none")
             if targets is not None:
                 if not seen.h.requires_grad:
-                    raise ValueError(
-                        f"--layer {layer}: nothing that is trained lies before its end"
-                    )
+                    raise ValueError(f"--layer {layer}: nothing that is trained is below it")
                 target = take(targets, mine, device)
                 if aux_loss == "mse":
                     aux = (seen.h - target).square().mean(1) / variance
