@@ -112,6 +112,15 @@ def test_train_sae_reconstructs_with_unit_rows_and_is_repeatable():
     assert (z > 0).float().mean() < 0.8
 
 
+@pytest.mark.parametrize("k", [None, 3])
+def test_an_sae_is_as_good_when_trained_in_bfloat16(k):
+    h, _ = blobs(2000)
+    saes = [S.train_sae(h, 32, k, l1=0.02, epochs=20, bfloat16=b) for b in (False, True)]
+    exact, rough = [(h - sae(h)[0]).square().sum().item() for sae in saes]
+    assert saes[1].W_dec.dtype == torch.float32 and not torch.equal(saes[0].W_dec, saes[1].W_dec)
+    assert rough < 1.1 * exact
+
+
 def test_train_sae_folds_its_scale_back():
     h, _ = blobs(1000)
     small = S.train_sae(h, 16, epochs=5, batch_size=100)
@@ -839,6 +848,8 @@ def test_cached_features(tmp_path, capsys):
     trunk.seen = 0
     S.trunk_features(trunk, images, path, key=5)
     assert trunk.seen == 1100 and "foreign" in capsys.readouterr().err
+    rough = S.trunk_features(trunk, images, tmp_path / "rough.npy", bfloat16=True)
+    assert not torch.equal(rough, x) and torch.allclose(rough, x, rtol=0.01, atol=0.01)
     half = S.trunk_features(trunk, images, tmp_path / "half.npy", dtype="float16")
     assert half.dtype == torch.float16 and torch.allclose(half.float(), x, atol=2e-3)
     with pytest.raises(FloatingPointError, match="not finite in float16"):
@@ -1310,7 +1321,7 @@ def test_vit_on_cifar_end_to_end(cifar, tmp_path, capsys):
     assert rows_of(run(capsys, tmp_path / "runs", *flags)[3]) == rows_of(folder)
 
 
-def test_cached_trunk_serves_other_settings(cifar, tmp_path, capsys):
+def test_cached_trunk_serves_other_settings(cifar, tmp_path, capsys, monkeypatch):
     flags = [*VIT, "--data-dir", cifar, "--tune", "last", "--cache-dir", tmp_path / "cache"]
     status, _, err, folder = run(capsys, tmp_path / "runs", *flags)
     assert status == 0 and err.count("trunk, ") == 3
@@ -1329,6 +1340,14 @@ def test_cached_trunk_serves_other_settings(cifar, tmp_path, capsys):
     status, _, err, both = run(capsys, tmp_path / "runs", *flags, "--seeds", 1, 0)
     assert status == 0 and "trunk, " not in err and rows_of(both)[3:] == rows_of(folder)
     assert run(capsys, tmp_path / "runs", *flags, "--image-size", 16)[2].count("trunk, ") == 3
+    # A machine with the other arithmetic makes its own, and its SAEs by it.
+    rough, trained, train_sae = not S.bfloat16_is_fast("cpu"), [], S.train_sae
+    monkeypatch.setattr(S, "bfloat16_is_fast", lambda device: rough)
+    monkeypatch.setattr(
+        S, "train_sae", lambda *a, **o: trained.append(o["bfloat16"]) or train_sae(*a, **o)
+    )
+    assert run(capsys, tmp_path / "runs", *flags)[2].count("trunk, ") == 3
+    assert set(trained) == {rough}
     torch.save(tiny_vit(32).state_dict(), tmp_path / "w.pt")
     weights = ["--weights", tmp_path / "w.pt"]
     assert run(capsys, tmp_path / "runs", *flags, *weights)[2].count("trunk, ") == 3
