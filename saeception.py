@@ -388,7 +388,8 @@ def _distances(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
     """|a_i - b_j| [n, m] of points a [n, D] and b [m, D], to a relative 1e-4 or better down to 1e-7
     of the largest norm; `mean` [D], float64, of all points. 0 on the diagonal if b is a."""
     # |a|^2 + |b|^2 - 2 a.b has no digits left in float32 for points that are closer to each other
-    # than to the origin, nor where products are TF32 or bfloat16: there it takes float64.
+    # than to the origin, nor where products are TF32 or bfloat16, which a few pairs show that are
+    # computed without: there it takes float64.
     p = a - mean.to(a.dtype)
     q = p if a is b else b - mean.to(b.dtype)
     pp, qq = p.square().sum(1, keepdim=True), q.square().sum(1)
@@ -396,8 +397,11 @@ def _distances(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
     if a is b:
         square.fill_diagonal_(torch.inf)
     far = square.amin(1, keepdim=True) > 1e-3 * (pp + qq.max())  # not so for 0, inf and nan
-    exact = far.all() and torch.get_float32_matmul_precision() == "highest"
-    if a.dtype != torch.float64 and not exact:
+    shift = int(a is b)
+    some = square.diagonal(-shift)
+    direct = (p[shift : shift + len(some)] - q[: len(some)]).square().sum(1)
+    exact = (some - direct).abs() <= 2e-6 * (pp.max() + qq.max())
+    if a.dtype != torch.float64 and not (far.all() and exact.all()):
         double = a.double()
         return _distances(double, double if a is b else b.double(), mean)
     if a is b:

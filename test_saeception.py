@@ -323,13 +323,20 @@ def test_cluster_metrics(case):
     assert S.calinski_harabasz_score(x, y) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_silhouette_does_not_trust_rough_products(precision):
-    x, y = metric_cases()["random"]
-    exact = S.silhouette_score(x, y)
-    torch.set_float32_matmul_precision(precision)  # TF32 or bfloat16 where the machine has them
+@pytest.mark.parametrize("how", ["high", "medium", "backend", "autocast"])
+def test_silhouette_does_not_trust_rough_products(how):
+    x, y = torch.randn(500, 300).relu(), torch.arange(500) % 5
+    exact = naive_silhouette(x.double().numpy(), y.numpy())
+    context = contextlib.nullcontext()  # TF32 or bfloat16, where the machine has them
+    if how == "autocast":
+        context = torch.autocast("cpu", torch.bfloat16)
+    elif how != "backend":
+        torch.set_float32_matmul_precision(how)
+    elif hasattr(torch.backends.mkldnn, "matmul"):  # the newer way to say "medium", torch 2.9
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
-        assert S.silhouette_score(x, y) == pytest.approx(exact, rel=1e-5)
+        with context:
+            assert S.silhouette_score(x, y) == pytest.approx(exact, rel=1e-5)
     finally:
         torch.set_float32_matmul_precision("highest")
 
