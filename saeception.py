@@ -607,7 +607,8 @@ class GRN(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.gamma, self.beta = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
@@ -619,14 +620,14 @@ class ConvNeXtV2Block(nn.Module):
 
     def __init__(self, dim: int, *layer_scale_and_stochastic_depth):
         super().__init__()
-        self.block = nn.Sequential(
-            nn.Conv2d(dim, dim, 7, padding=3, groups=dim), torchvision.ops.Permute([0, 2, 3, 1]),
-            nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, 4 * dim), nn.GELU(), GRN(4 * dim),
-            nn.Linear(4 * dim, dim), torchvision.ops.Permute([0, 3, 1, 2]),
-        )  # fmt: skip
+        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1, self.grn = nn.Linear(dim, 4 * dim), GRN(4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
-        return x + self.block(x)
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        return x + self.pwconv2(self.grn(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
 
 
 def imagenet_convnext(
@@ -652,8 +653,7 @@ def imagenet_convnext(
         kind = "im1k/{}_1k_224_ema" if depth == 6 else "im22k/{}_22k_384_ema"
         url = f"https://dl.fbaipublicfiles.com/convnext/convnextv2/{kind.format(arch)}.pt"
 
-        def translate(state):  # with or without its head; GRN's are [1, 1, 1, C] there
-            state = {key: v.flatten() if ".grn." in key else v for key, v in state.items()}
+        def translate(state):  # with or without its head
             return {torchvision_name(key): v for key, v in state.items()
                     if not (n_classes and key.startswith("head."))}  # fmt: skip
 
@@ -667,13 +667,8 @@ def imagenet_convnext(
 
 def torchvision_name(name: str) -> str:
     """An entry of an official ConvNeXt-V2 checkpoint as torchvision's ConvNeXt calls it."""
-    place = {"dwconv": 0, "norm": 2, "pwconv1": 3, "grn": 5, "pwconv2": 6}
-
-    def in_block(m):  # stages.0.1.grn.gamma
-        return f"features.{2 * int(m[1]) + 1}.{m[2]}.block.{place.get(m[3], m[3])}"
-
-    name = re.sub(r"^stages\.(\d)\.(\d+)\.(\w+)", in_block, name)
     name = re.sub(r"^downsample_layers\.(\d)", lambda m: f"features.{2 * int(m[1])}", name)
+    name = re.sub(r"^stages\.(\d)", lambda m: f"features.{2 * int(m[1]) + 1}", name)
     return re.sub("^norm", "classifier.0", re.sub("^head", "classifier.2", name))
 
 
