@@ -583,9 +583,8 @@ def cifar10_vit(
             vit = torchvision.models.get_model(arch, image_size=size)
     vit.heads = nn.Identity()
     if weights != "none":
-        official = [] if arch == "vit_tiny" else torchvision.models.get_model_weights(arch)
-        urls = {w.name: w.url for w in official}
-        url = urls.get("IMAGENET1K_SWAG_E2E_V1") or urls.get("IMAGENET1K_V1", "")
+        kind = "IMAGENET1K_V1" if arch == "vit_b_32" else "IMAGENET1K_SWAG_E2E_V1"
+        url = "" if arch == "vit_tiny" else torchvision.models.get_model_weights(arch)[kind].url
 
         def translate(state):  # without its head, for this image size
             state = {key: value for key, value in state.items() if not key.startswith("heads.")}
