@@ -41,6 +41,7 @@ import platform
 import re
 import signal
 import sys
+import textwrap
 import time
 import zipfile
 import zlib
@@ -740,9 +741,8 @@ def decode_photo(path: bytes, size: int) -> np.ndarray:
                 raise ValueError("its values do not fit into 8 bits")
             image = file.convert("RGB")
     except Exception as error:  # each kind of damage raises a type of its own
-        reason = " ".join(str(error).split())[:60]
-        raise OSError(f"cannot read the image {os.fsdecode(path)} ({reason}): mend or remove it"
-                      ) from error  # fmt: skip
+        name, reason = os.fsdecode(path), textwrap.shorten(str(error), 60)
+        raise OSError(f"cannot read the image {name} ({reason}): mend or remove it") from error
     if size < 384:
         return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC, bleed=1 / 16))
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
@@ -780,7 +780,7 @@ def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tenso
         if not 0 < len(y) == len(images) or images.shape[1:] != shape:
             raise ValueError(f"images {list(images.shape)} but {len(y)} labels")
     except Exception as error:  # each kind of damage, and no network, raises a type of its own
-        part, reason = "train" if train else "t10k", " ".join(str(error).split())[:100]
+        part, reason = "train" if train else "t10k", textwrap.shorten(str(error), 100)
         files = f"cifar-10-python.tar.gz into {root}"
         if dataset == "mnist":
             files = f"{part}-images-idx3-ubyte and {part}-labels-idx1-ubyte into {root}/MNIST/raw"
@@ -799,7 +799,7 @@ def load_folders(root: str | Path, split: str) -> tuple[np.ndarray, Tensor, list
     try:
         data = torchvision.datasets.DatasetFolder(folder, None, known)
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = textwrap.shorten(str(error), 200)
         raise OSError(f"no images in {folder}/<class>/ ({reason}): say with --data-dir where the "
                       "folders train/<class>/ and val/<class>/ are") from error  # fmt: skip
     paths = np.array([os.fsencode(path) for path, _ in data.samples])  # bytes: no object per file
