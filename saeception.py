@@ -860,25 +860,23 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        reason = f"cannot write {path} ({reason}): make room, or name another folder"
-        raise OSError(reason) from error
+        why = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"cannot write {path} ({why}): make room, or name another folder") from error
 
 
 def write_whole(path: Path, write: Callable) -> None:
     """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
     part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
         finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
+            part.unlink(missing_ok=True)
 
 
 def write_at(path: Path, place: int, data) -> None:
