@@ -759,7 +759,7 @@ def fingerprint(images: Tensor | np.ndarray, y: Tensor) -> int:
     """Checksum of a split: class numbers and pixels, or the files' names, sizes and times."""
     checksum = zlib.crc32(y.numpy())
     if isinstance(images, Tensor):
-        return zlib.crc32(images.contiguous().numpy(), checksum)
+        return zlib.crc32(images.numpy(), checksum)
     for path in images:
         name, status = os.path.basename(path), os.stat(path)
         about = b"%s %d %d" % (name, status.st_size, status.st_mtime_ns)
@@ -909,8 +909,8 @@ def trunk_features(
     result is the same to the bit. Raises OSError for a full disk or a bad photo, FloatingPointError
     for features that are not finite.
     """
-    n, block, sums_path = len(images), 64, path.with_suffix(".crc")
-    blocks = [slice(i, min(i + block, n)) for i in range(0, n, block)]
+    n, sums_path = len(images), path.with_suffix(".crc")
+    blocks = [slice(i, i + 64) for i in range(0, n, 64)]
     for _ in range(4):  # made, filled, read; once more if another process made it at that time
         try:
             x, sums = np.load(path, mmap_mode="c"), np.fromfile(sums_path, np.uint32)
