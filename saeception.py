@@ -680,11 +680,11 @@ def load_weights(net: nn.Module, weights: str, url: str, translate: Callable) ->
     try:
         if weights == "auto":
             path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if weights == "auto" and not path.exists():
-            digest = re.search(r"-([0-9a-f]{8})\.", path.name)  # torchvision's names have one
-            live = sys.stderr.isatty()
-            torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=live)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                digest = re.search(r"-([0-9a-f]{8})\.", path.name)  # torchvision's names have one
+                live = sys.stderr.isatty()
+                torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=live)
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot download {url} ({error}): put the file at {path}, or name it with "
                       "--weights PATH; --weights none does without") from error  # fmt: skip
