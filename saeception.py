@@ -731,10 +731,9 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def decode_photo(path: bytes, size: int) -> np.ndarray:
-    """An image file as RGB, uint8 [size, size, 3]. Below 384 pixels the middle 7/8 of the shorter
-    side is taken, from there on the whole image is warped: what the official ConvNeXt-V2
-    checkpoints were evaluated on, as is that no EXIF orientation is applied. OSError names a bad
-    file."""
+    """An image file as RGB, uint8 [size, size, 3]; OSError names a bad one. As for the official
+    ConvNeXt-V2 checkpoints: below 384 pixels the middle 7/8 of the shorter side is taken, from
+    there on the whole image is warped; no EXIF orientation is applied."""
     try:
         with Image.open(os.fsdecode(path)) as file:
             if file.mode[0] in "IF":
