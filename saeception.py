@@ -650,8 +650,8 @@ def imagenet_convnext(
     if n_classes:
         net.classifier[2], head = nn.Identity(), nn.Linear(dims[3], n_classes)
     if weights != "none":
-        kind = "im1k/{}_1k_224_ema" if depth == 6 else "im22k/{}_22k_384_ema"
-        url = f"https://dl.fbaipublicfiles.com/convnext/convnextv2/{kind.format(arch)}.pt"
+        kind = f"im1k/{arch}_1k_224_ema" if depth == 6 else f"im22k/{arch}_22k_384_ema"
+        url = f"https://dl.fbaipublicfiles.com/convnext/convnextv2/{kind}.pt"
 
         def translate(state):  # with or without its head
             return {torchvision_name(key): v for key, v in state.items()
