@@ -992,8 +992,7 @@ def fit(
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     order = batches(len(x), batch_size, epochs, seed)
     if targets is not None:
-        some = batches(len(x), 4096, 1, seed)[0]
-        h = activations(model, layer, x, some)[0]
+        h = activations(model, layer, x, batches(len(x), 4096, 1, seed)[0])[0]
         variance = h.var(0).mean()
         if targets[:1].shape[1:] != h.shape[1:]:
             raise ValueError(f"targets have to be [N, {h.shape[1]}], as h is")
@@ -1011,7 +1010,7 @@ def fit(
             loss = task_loss = F.cross_entropy(logits, take(y, mine, device), reduction="none")
             if targets is not None:
                 if not seen.h.requires_grad:
-                    raise ValueError(f"--layer {layer}: nothing that is trained is below it")
+                    raise ValueError(f"nothing that is trained is below layer {layer!r}")
                 target = take(targets, mine, device)
                 if aux_loss == "mse":
                     aux = (seen.h - target).square().mean(1) / variance

@@ -1546,7 +1546,7 @@ def test_bad_input_gets_one_line(arguments, status, message, tmp_path, capsys, c
 def test_a_layer_that_no_target_can_reach(tmp_path, capsys):
     status, _, err, _ = run(capsys, tmp_path, "--layer", "trunk.1", *SMALL)
     last = err.strip().splitlines()[-1]
-    assert status == 2 and "--layer trunk.1: nothing that is trained" in last
+    assert status == 2 and "nothing that is trained is below layer 'trunk.1'" in last
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
