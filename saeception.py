@@ -1038,17 +1038,16 @@ def fit(
 
 def arm_rules(n_classes: int, top_k: int) -> dict[str, Callable | None]:
     """An arm is a rule (sae, h [N, d_in], y [N]) -> targets [N, d_in], or None: no targets."""
+
+    def class_means(sae, h, y):  # the mean h of each example's class: no SAE in it
+        mean = class_mean(h, y, n_classes)
+        return LazyRows(len(h), lambda i: mean[y[i]]).in_memory()
+
     return {
         "sae-ception": lambda sae, h, y: sharpened_targets(sae, h, y, n_classes, top_k),
         "control": None,
-        "class-mean": lambda sae, h, y: class_mean_targets(h, y, n_classes),
+        "class-mean": class_means,
     }
-
-
-def class_mean_targets(h: Tensor, y: Tensor, n_classes: int) -> Tensor | LazyRows:
-    """The mean h of each example's class, [N, d_in]: no SAE in it."""
-    mean = class_mean(h, y, n_classes)
-    return LazyRows(len(h), lambda i: mean[y[i]]).in_memory()
 
 
 def codes(sae, h: Tensor) -> Tensor:
