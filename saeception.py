@@ -1117,8 +1117,7 @@ def saeception(
     arm trains its own copy of the model on, with the same batches in the same order. Raises what
     `fit` and `train_sae` raise.
     """
-    device = next(model.parameters()).device
-    x, y = train[0], train[1].to(device).long()
+    x, y = train[0], train[1].to(next(model.parameters()).device).long()
     if arms is None:
         rules = arm_rules(int(max(y.max(), test[1].max())) + 1, top_k)
         arms = {name: rules[name] for name in ("sae-ception", "control")}
@@ -1140,9 +1139,7 @@ def saeception(
                     fit(net, layer, x, y, targets, weight, **options)
                 seconds.append(time.perf_counter())
                 bar = partial(progress, desc=f"{what}: SAE")
-                options = {"seed": batch_seed, "progress": bar, "device": device} | (
-                    sae_options or {}
-                )
+                options = {"seed": batch_seed, "progress": bar} | (sae_options or {})
                 sae = train_sae(layer_output(net, layer, x), d_sae, k, **options)
                 seconds.append(time.perf_counter())
             except FloatingPointError as error:
