@@ -1269,17 +1269,16 @@ def show_progress(steps, desc: str, size: int = 1, unit: str = "steps") -> Itera
     """Rate and time left on stderr; where that is no terminal, one line when it is done. A step is
     `size` units."""
     start = shown = time.perf_counter()
+    live = sys.stderr.isatty()
     for done, step in enumerate(steps, 1):
         yield step
-        if RANK:
-            continue
-        now, live = time.perf_counter(), sys.stderr.isatty()
-        if done == len(steps) or (live and now - shown > 0.2):
+        now, left = time.perf_counter(), len(steps) - done
+        if not RANK and (left == 0 or (live and now - shown > 0.2)):
             shown, rate = now, done / (now - start)
             text = f"{desc}: {done}/{len(steps)}, {rate * size:.3g} {unit}/s, "
-            text += f"{(len(steps) - done) / rate:.0f} s left" if done < len(steps) else "done"
-            end = "\n" if done == len(steps) else ""
-            print(f"\r{text:<79}" if live else text, end=end, file=sys.stderr, flush=True)
+            text += f"{left / rate:.0f} s left" if left else "done"
+            text = f"\r{text:<79}" if live else text
+            print(text, end="" if left else "\n", file=sys.stderr, flush=True)
 
 
 # === 10. Command line =============================================================================
