@@ -1298,6 +1298,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser.exit(2, None if RANK else f"{parser.prog}: error: {message}\n")
 
     parser = argparse.ArgumentParser(
+        argument_default=argparse.SUPPRESS,  # what is not given is not there
         description=__doc__.partition("\n")[0],
         epilog="\n".join(["defaults:"] + [f"  {name}: {d}" for name, d in DEFAULTS.items()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1336,40 +1337,37 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | None]:
-    """The settings, and with --resume the folder of the run and its checkpoint."""
+def parse_arguments(argv: list[str] | None) -> tuple[dict, Path, dict]:
+    """The settings, the folder of the run, and what it has done so far: see `run`."""
     parser = make_parser()
-    error, given, saved = parser.error, vars(parser.parse_args(argv)), None
-    options, given = given.keys() - {"resume"}, {k: v for k, v in given.items() if v is not None}
-
-    if "seeds" in given:
-        given["seeds"] = list(dict.fromkeys(given["seeds"]))  # each once
+    error, given = parser.error, vars(parser.parse_args(argv))
+    dataset, train = given.get("dataset", "digits"), Path(given.get("data_dir", "data"), "train")
+    row = "vit_tiny" if given.get("arch") == "vit_tiny" else dataset
+    if row == "imagenet" and not is_imagenet([p.name for p in train.glob("*") if p.is_dir()]):
+        row = "folders"
     workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    config = {"data_dir": "data", "out_dir": "runs", "cache_dir": None, "workers": workers}
-    movable = config.keys() | {"device"}
+    movable = dict(data_dir="data", out_dir="runs", cache_dir=None, workers=workers, device="auto")
+    defaults = {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"], "limit": None}
+    defaults |= movable | DEFAULTS[row]
     if folder := given.pop("resume", None):
         try:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            config = saved.pop("config")
-            if config.keys() != options or saved.keys() != {"rows", "seed", "state", "data"}:
+            config, parts = saved.pop("config"), {"rows", "seed", "state", "data"}
+            if (config.keys(), saved.keys()) != (defaults.keys(), parts):
                 raise KeyError("of another version")
         except Exception:  # each kind of damage raises a type of its own
             error(f"--resume: {folder} is no run folder: it has no readable checkpoint.pt")
-        for key in given.keys() - movable:
+        for key in given.keys() - movable.keys():
             if given[key] != config[key]:
                 name = "--" + key.replace("_", "-")
                 error(f"--resume: {folder} was run with {name} {config[key]}; leave {name} out")
+        config |= given
     else:
-        dataset = given.get("dataset", "digits")
-        train = Path(given.get("data_dir", "data"), "train")
-        row = "vit_tiny" if given.get("arch") == "vit_tiny" else dataset
-        if row == "imagenet" and not is_imagenet([p.name for p in train.glob("*") if p.is_dir()]):
-            row = "folders"
-        config |= {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"]}
-        config |= {"limit": None, "device": "auto"} | DEFAULTS[row]
-        if config["arch"] == "mlp" and given.keys() & {"weights", "image_size"}:
-            error("--weights and --image-size are for ViT and ConvNeXt, not for the MLP")
-    config |= given
+        config = defaults | given
+        config["seeds"] = list(dict.fromkeys(config["seeds"]))  # each once
+        now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # to the millisecond: always a new one
+        folder = Path(config["out_dir"], f"{config['dataset']}-{now}")
+        saved = {"rows": [], "seed": config["seeds"][0], "state": None, "data": None}
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if config["device"] == "auto":
         config["device"] = "cuda" if found["cuda"] else "cpu"
@@ -1379,6 +1377,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path | None, dict | N
         if config[key] > config["d_sae"]:
             name = key.replace("_", "-")
             error(f"--{name} {config[key]} is over the number of features, {config['d_sae']}")
+    if config["arch"] == "mlp" and given.keys() & {"weights", "image_size"}:
+        error("--weights and --image-size are for ViT and ConvNeXt, not for the MLP")
     if config["arch"] not in ARCHS[config["dataset"]]:
         names = ", ".join(ARCHS[config["dataset"]])
         error(f"--arch {config['arch']} is not for --dataset {config['dataset']}; choose {names}")
@@ -1516,16 +1516,13 @@ def main(argv: list[str] | None = None) -> int:
         if local:
             dist.barrier()  # until the first process of this machine has downloaded everything
         data = load_data(config["dataset"], config["data_dir"], config["limit"])
-        network = build(config, data.names, saved["seed"] if saved else config["seeds"][0])
+        network = build(config, data.names, saved["seed"])
         if WORLD > 1 and not local:
             dist.barrier()
-        if saved is None:
-            saved = {"rows": [], "seed": config["seeds"][0], "state": None, "data": data.checksums}
-            now = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]  # to the millisecond: always a new one
-            folder = Path(config["out_dir"], f"{config['dataset']}-{now}")
-        elif saved["data"] != data.checksums:
+        if saved["data"] not in (None, data.checksums):
             place = config["data_dir"]
             raise ValueError(f"--resume: the images in {place} are not those of the run")
+        saved["data"] = data.checksums
         if RANK == 0:
             save_run(folder, config, saved)  # --resume works from here on; results.json is whole
         with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
