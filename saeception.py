@@ -1438,7 +1438,8 @@ def cached_splits(config: dict, trunk, data: SimpleNamespace, share=(0, 1)) -> l
 
 
 def run(config: dict, data: SimpleNamespace, network: tuple, folder: Path, saved: dict) -> None:
-    """Every seed, from where `saved` stands: prints the table, fills the folder."""
+    """Every seed, from where `saved` stands: prints the table, fills the folder. `saved` holds the
+    `rows` of all seeds, the `seed` at work and its `state`, and the checksums of the `data`."""
     trunk, model, pretrained = network
     device, tune_all = config["device"], config["tune"] == "all"
     if not tune_all and WORLD > 1:
@@ -1462,25 +1463,24 @@ def run(config: dict, data: SimpleNamespace, network: tuple, folder: Path, saved
     options["fit_options"] = {k: config[k] for k in ("aux_loss", "epochs", "batch_size", "lr")}
     if tune_all and config["dataset"] == "cifar10":
         options["fit_options"]["augment"] = flip_and_shift
-    rows, state, seeds = saved["rows"], saved["state"], config["seeds"]
-    print(table(rows), flush=True)
+    print(table(saved["rows"]), flush=True)
     if not RANK and test[1].bincount().max() < 2:
         print("one test image per class: nan where silhouette and others are not defined",
               file=sys.stderr)  # fmt: skip
-    for seed in seeds[seeds.index(saved["seed"]) :]:
+    for seed in config["seeds"][config["seeds"].index(saved["seed"]) :]:
         if tune_all and seed != saved["seed"]:
             _, model, _ = build(config, data.names, seed)
         setting = (model.to(device), config["layer"], train, test)
-        for now in saeception(*setting, val=val, seed=seed, state=state, **options):
-            state, new = now, [row for row in now["rows"] if row["cycle"] == now["cycle"]]
-            rows = rows + new
+        for state in saeception(*setting, val=val, seed=seed, state=saved["state"], **options):
+            new = [row for row in state["rows"] if row["cycle"] == state["cycle"]]
+            saved |= {"rows": saved["rows"] + new, "seed": seed, "state": state}
             if not RANK:
-                save_run(folder, config, saved | {"rows": rows, "seed": seed, "state": state})
+                save_run(folder, config, saved)
             print(table(new, heading=False), flush=True)
-        if seed == seeds[0] and not RANK:
-            draw_run(folder, *setting, data, state, config["image_size"])
-        state = None
-    print(summary(rows), end="")
+        if seed == config["seeds"][0] and not RANK:
+            draw_run(folder, *setting, data, saved["state"], config["image_size"])
+        saved["state"] = None
+    print(summary(saved["rows"]), end="")
     if not RANK:
         print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
 
