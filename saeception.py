@@ -1294,8 +1294,8 @@ def make_parser() -> argparse.ArgumentParser:
         name = {int: "whole number", float: "number"}[kind]
         raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low} up to 2 billion")
 
-    def error(message):  # one line, where argparse would print its usage first
-        parser.exit(2, None if RANK else f"{parser.prog}: error: {message}\n")
+    def error(message):  # `main` prints it on one line; argparse would print its usage first
+        raise ValueError(message)
 
     parser = argparse.ArgumentParser(
         argument_default=argparse.SUPPRESS,  # what is not given is not there
@@ -1338,7 +1338,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[dict, Path, dict]:
-    """The settings, the folder of the run, and what it has done so far: see `run`."""
+    """The settings, the folder of the run, and what it has done so far: see `run`. ValueError if
+    the settings are wrong or do not go together."""
     parser = make_parser()
     error, given = parser.error, vars(parser.parse_args(argv))
     dataset, train = given.get("dataset", "digits"), Path(given.get("data_dir", "data"), "train")
