@@ -1206,8 +1206,8 @@ def draw_clusters(panels: dict[str, Tensor], y: Tensor, names: list[str]) -> Ima
     by class y [N], and a legend of at most 20 classes."""
     side, font, colours = 480, ImageFont.load_default(size=18), palette(len(names))
     image = Image.new("RGB", (side * len(panels), side + 80), "white")
-    draw, labels = ImageDraw.Draw(image), y.tolist()
-    on_top = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).tolist()
+    draw = ImageDraw.Draw(image)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))  # none lies on top
     for left, (title, z) in zip(range(0, image.width, side), panels.items(), strict=True):
         z = z.float().cpu()
         torch.manual_seed(0)  # pca_lowrank draws at random; the picture should not
@@ -1215,11 +1215,10 @@ def draw_clusters(panels: dict[str, Tensor], y: Tensor, names: list[str]) -> Ima
         points = (z - z.mean(0)) @ axes
         low, high = points.quantile(torch.tensor([0.002, 0.998]), dim=0)  # no single far point
         points = ((points - low) / (high - low).clamp_min(1e-9)).clamp(0, 1) * (side - 40)
+        points += torch.tensor([left + 20, 60])
         draw.text((left + 20, 10), title, fill="black", font=font)
-        points = points.tolist()
-        for i in on_top:
-            u, v = left + 20 + points[i][0], 60 + points[i][1]
-            draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=colours[labels[i]])
+        for (u, v), label in zip(points[order].tolist(), y[order].tolist(), strict=True):
+            draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=colours[label])
     left = 20
     for name, colour in zip(names[:20], colours, strict=False):
         draw.text((left, side + 50), name, fill=colour, font=font)
