@@ -1252,8 +1252,7 @@ def draw_features(z: Tensor, images, y: Tensor, mean: Tensor, names, size: int) 
 
 def save_run(folder: Path, config: dict, saved: dict) -> None:
     """checkpoint.pt, from which --resume goes on, and results.json, where nan is null."""
-    checkpoint = {"config": config} | saved
-    write_whole(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    write_whole(folder / "checkpoint.pt", lambda file: torch.save({"config": config} | saved, file))
     environment = {m.__name__: str(m.__version__) for m in (torch, torchvision, np)}
     environment |= {"python": platform.python_version(), "machine": platform.platform()}
     environment["threads"] = torch.get_num_threads()
@@ -1392,7 +1391,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path, dict]:
 def build(config: dict, names: list[str], seed: int) -> tuple:
     """Trunk, model, and whether the model can classify before any training. With --tune all the
     trunk is a part of the model."""
-    arch, weights, kept_head = config["arch"], config["weights"], False
+    arch, weights, kept_head = config["arch"], config["weights"], is_imagenet(names)
     # Cached features serve all seeds: these differ, then, in the batches and the SAEs alone.
     torch.manual_seed(seed if config["tune"] == "all" else 0)
     if arch == "mlp":
@@ -1400,7 +1399,6 @@ def build(config: dict, names: list[str], seed: int) -> tuple:
     elif arch.startswith("vit"):
         trunk, model, _ = cifar10_vit(arch, config["image_size"], len(names), weights)
     else:
-        kept_head = is_imagenet(names)
         trunk, model, _ = imagenet_convnext(arch, None if kept_head else len(names), weights)
     if config["tune"] == "all":
         model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
