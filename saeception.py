@@ -1024,7 +1024,7 @@ def fit(
             optimizer.step()
             epoch, rest = divmod(step * epochs, len(order))
             if rest == 0:
-                finite = all(parameter.isfinite().all() for parameter in model.parameters())
+                finite = loss.isfinite() and all(p.isfinite().all() for p in model.parameters())
                 # Dead ReLUs can hold a diverged network at a finite loss.
                 if not finite or task_loss.sum() > 1e6 * len(index):
                     raise FloatingPointError(f"the loss diverged in epoch {epoch}; lower lr")
