@@ -699,6 +699,7 @@ def load_weights(net: nn.Module, weights: str, url: str, translate: Callable) ->
         kinds = "Missing key|Unexpected key|size mismatch"
         found = re.search(rf'({kinds}).*?(?=, "|$)', str(error), re.M)
         reason = found[0] if found else f"no state dict can be read ({type(error).__name__})"
+        reason += "; remove it, and it is downloaded again" if weights == "auto" else ""
         raise ValueError(f"{path} is no checkpoint of this network: {reason}") from error
 
 
@@ -777,7 +778,8 @@ def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tenso
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         shape = (1, 28, 28) if dataset == "mnist" else (3, 32, 32)
         if not 0 < len(y) == len(images) or images.shape[1:] != shape:
-            raise ValueError(f"images {list(images.shape)} but {len(y)} labels")
+            there, wanted = list(images.shape), [len(y), *shape]
+            raise ValueError(f"{len(y)} labels and images {there}, not {wanted}")
     except Exception as error:  # each kind of damage, and no network, raises a type of its own
         part, reason = "train" if train else "t10k", textwrap.shorten(str(error), 100)
         files = f"cifar-10-python.tar.gz into {root}"
@@ -906,7 +908,7 @@ def trunk_features(
     is computed, be it missing, half written or damaged. So a pass may be killed at any time, and
     processes may share one; blocks begin at fixed places, so that with the same `batch_size` the
     result is the same to the bit. Raises OSError for a full disk or a bad photo, FloatingPointError
-    for features that are not finite.
+    for features that are not finite, ValueError if the file is of a trunk with more or fewer.
     """
     n, sums_path = len(images), path.with_suffix(".crc")
     blocks = [slice(i, i + 64) for i in range(0, n, 64)]
@@ -938,6 +940,8 @@ def trunk_features(
             with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
                 h = [trunk(part.to(device, non_blocking=True)) for part in photos.split(batch_size)]
             h = torch.cat(h).float().cpu().to(getattr(torch, dtype)).numpy()
+            if h.shape[1:] != x.shape[1:]:
+                raise ValueError(f"{path} is of a trunk with {x.shape[1]} features: remove it")
             if not np.isfinite(h).all():
                 raise FloatingPointError(f"features not finite in {dtype}: are the weights whole?")
             write_at(path, x.offset + blocks[i].start * x.strides[0], h)
@@ -1331,7 +1335,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--limit", type=count, help="examples per split, balanced over the classes (default: all)")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], help="auto (the default): cuda or cpu")
     flag("--workers", type=partial(number, int, 0), help="decode photos (default: one per core)")
-    flag("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    flag("--resume", type=place, metavar="RUN", help="go on with the run in this folder")
     return parser
 
 
@@ -1348,7 +1352,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, Path, dict]:
     movable = dict(data_dir="data", out_dir="runs", cache_dir=None, workers=workers, device="auto")
     defaults = {"dataset": dataset, "seeds": [0], "arms": ["sae-ception", "control"], "limit": None}
     defaults |= movable | DEFAULTS[row]
-    if folder := given.pop("resume", None):
+    if "resume" in given:
+        folder = Path(given.pop("resume"))
         try:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             config, parts = saved.pop("config"), {"rows", "seed", "state", "data"}
@@ -1532,8 +1537,10 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("TRACEBACK"):  # for who changes this file
             raise
         status = 2 if isinstance(error, ValueError) else 1
-        reason = str(error).strip().rpartition("\n")[2]  # the last line of what a worker says
-        reason = reason.removeprefix("OSError: ") or type(error).__name__
+        lines = str(error).strip().split("\n")
+        last = lines[0].startswith("Caught")  # by a DataLoader's worker, whose traceback follows
+        reason = lines[-last].removeprefix("OSError: ")
+        reason = reason or type(error).__name__
         resume = f"go on with: python saeception.py --resume {folder}"
         hint = f"what is finished is in {folder}"  # to go on would come to the same error
         if isinstance(error, KeyboardInterrupt):
@@ -1549,7 +1556,8 @@ def main(argv: list[str] | None = None) -> int:
             reason = f"{type(error).__name__}: {reason} (set TRACEBACK=1 to see where)"
         if not RANK or status == 1:  # a bad argument is the same for all
             hint = f"; {hint}" if folder and folder.exists() else ""
-            print(f"saeception.py: error: {reason}{hint}", file=sys.stderr)
+            start = "\n" if sys.stderr.isatty() else ""  # behind the progress
+            print(f"{start}saeception.py: error: {reason}{hint}", file=sys.stderr)
         return status
 
 

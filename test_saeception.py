@@ -472,7 +472,7 @@ def test_damaged_and_missing_mnist(tmp_path, monkeypatch):
     raw = write_mnist(tmp_path)
     labels = raw / "t10k-labels-idx1-ubyte"
     labels.write_bytes(struct.pack(">2i", 0x801, 3) + bytes(3))
-    with pytest.raises(OSError, match=r"images \[200, 1, 28, 28\] but 3 labels"):
+    with pytest.raises(OSError, match=r"3 labels and images \[200, 1, 28"):
         S.load_torchvision("mnist", tmp_path, train=False)
     for size in (0, 5, 20, 500):
         images = raw / "train-images-idx3-ubyte"
@@ -703,7 +703,11 @@ def test_weights_come_from_their_official_place(build, url, tmp_path, monkeypatc
         build()
     message = str(caught.value)
     assert asked == [url] and url in message and len(message.splitlines()) == 1
-    assert str(tmp_path / "checkpoints" / url.rpartition("/")[2]) in message
+    place = tmp_path / "checkpoints" / url.rpartition("/")[2]
+    assert str(place) in message
+    place.write_bytes(b"PK" * 1000)  # a connection that broke
+    with pytest.raises(ValueError, match="remove it, and it is downloaded again"):
+        build()
 
 
 # === 6. CIFAR-10, photos in folders, cached features ===
@@ -857,6 +861,9 @@ def test_cached_features(tmp_path, capsys):
     assert trunk.seen == 1100 and "foreign" in capsys.readouterr().err
     rough = S.trunk_features(trunk, images, tmp_path / "rough.npy", bfloat16=True)
     assert not torch.equal(rough, x) and torch.allclose(rough, x, rtol=0.01, atol=0.01)
+    wider = nn.Sequential(trunk, nn.Linear(5, 7))
+    with pytest.raises(ValueError, match=f"{path} is of a trunk with 5 features"):
+        S.trunk_features(wider, images, path, key=6)
     half = S.trunk_features(trunk, images, tmp_path / "half.npy", dtype="float16")
     assert half.dtype == torch.float16 and torch.allclose(half.float(), x, atol=2e-3)
     with pytest.raises(FloatingPointError, match="not finite in float16"):
@@ -1494,6 +1501,23 @@ def test_out_of_gpu_memory_names_a_smaller_batch(tmp_path, capsys, monkeypatch):
     assert status == 1 and "try --batch-size 64" in err and len(err.splitlines()) == 1
 
 
+def test_an_error_within_the_progress_of_a_terminal(tmp_path, capsys, monkeypatch):
+    def broken(model, layer, x, y, *rest, progress, **options):
+        for step in progress(range(3)):
+            if step == 1:
+                time.sleep(0.3)
+            if step == 2:
+                raise RuntimeError("CUDA error: assert triggered\nCompile with more to see more.\n")
+
+    monkeypatch.setattr(S, "fit", broken)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    status, _, err, folder = run(capsys, tmp_path, "--limit", 200)
+    bar, error = err.strip().split("\n")
+    assert status == 1 and "2/3" in bar and "s left" in bar
+    assert error.startswith("saeception.py: error: RuntimeError: CUDA error: assert triggered")
+    assert str(folder) in error
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     process = start(tmp_path, "--cycles", 50, *SMALL)
     folder = wait_for_cycle(tmp_path, process, 0)
@@ -1560,6 +1584,8 @@ def test_resume_with_other_settings_or_a_broken_checkpoint(tmp_path, capsys, mon
     status, _, err, _ = run(capsys, tmp_path, "--resume", folder, "--top-k", 9)
     assert status == 2 and "was run with --top-k 25" in err and len(err.splitlines()) == 1
     assert run(capsys, tmp_path, "--resume", folder, "--top-k", 25)[0] == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(capsys, tmp_path, "--resume", f"~/{folder.name}")[0] == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert S.parse_arguments(["--resume", str(folder)])[0]["device"] == "cpu"  # that of the run
     monkeypatch.undo()
