@@ -296,16 +296,13 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def activations(model: nn.Module, layer: str, x: Tensor, index=slice(None), chunk=128) -> tuple:
-    """h [N, d_in] and logits [N, n_classes] of the rows x[index], in chunks. Leaves the model in
-    evaluation mode."""
-    if isinstance(index, slice):
-        index = torch.arange(*index.indices(len(x)))
+def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
+    """h [N, d_in] and logits [N, n_classes] of x, in chunks. Leaves the model in eval mode."""
     device, parts = next(model.parameters()).device, []
     model.eval()
     with capture(find_layer(model, layer)) as seen:
-        for part in index.split(chunk):
-            logits = model(take(x, part, device))
+        for part in x.split(chunk):
+            logits = model(take(part, ..., device))
             if seen.h is None:
                 raise ValueError(f"the model has a layer {layer!r} but does not call it")
             parts.append((seen.h, logits))
@@ -314,7 +311,7 @@ def activations(model: nn.Module, layer: str, x: Tensor, index=slice(None), chun
 
 def layer_output(model: nn.Module, layer: str, x: Tensor) -> Tensor | LazyRows:
     """h for every row of x: a tensor, or, where it is large, computed again whenever it is read."""
-    return LazyRows(len(x), lambda index: activations(model, layer, x, index)[0]).in_memory()
+    return LazyRows(len(x), lambda index: activations(model, layer, x[index])[0]).in_memory()
 
 
 # === 3. Feature sharpening ========================================================================
@@ -996,7 +993,8 @@ def fit(
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     order = batches(len(x), batch_size, epochs, seed)
     if targets is not None:
-        h = activations(model, layer, x, batches(len(x), 4096, 1, seed)[0])[0]
+        some = batches(len(x), 4096, 1, seed)[0]
+        h = activations(model, layer, x[some])[0]
         variance = h.var(0).mean()
         if targets[:1].shape[1:] != h.shape[1:]:
             raise ValueError(f"targets have to be [N, {h.shape[1]}], as h is")
@@ -1454,7 +1452,7 @@ def run(config: dict, data: SimpleNamespace, network: tuple, folder: Path, saved
     splits = [data.train, data.val, data.test] if tune_all else cached_splits(config, trunk, data)
     too_large = device == "cuda" and splits[0][0].nbytes > torch.cuda.mem_get_info()[0] / 2
     train, val, test = ((x if too_large else x.to(device), y.to(device)) for x, y in splits)
-    activations(model.to(device), config["layer"], train[0], slice(2))  # a bad layer shows here
+    activations(model.to(device), config["layer"], train[0][:2])  # a bad layer shows here
     rules = arm_rules(len(data.names), config["top_k"])
     options = {name: config[name] for name in ("d_sae", "cycles")}
     options |= {"weight": config["aux_weight"], "pretrained": pretrained, "progress": show_progress}
