@@ -382,16 +382,18 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return x, mean, labels, count
 
 
-def _distances(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
+def _distances(a: Tensor, b: Tensor) -> Tensor:
     """|a_i - b_j| [n, m] of points a [n, D] and b [m, D], to a relative 1e-4 or better down to 1e-7
-    of the largest norm; `mean` [D], float64, of all points. 0 on the diagonal if b is a."""
-    # |a|^2 + |b|^2 - 2 a.b has no digits left in float32 for points that are closer to each other
-    # than to the origin, nor where products are TF32 or bfloat16, which a few pairs show that are
-    # computed without: there it takes float64.
-    p = a - mean.to(a.dtype)
-    q = p if a is b else b - mean.to(b.dtype)
+    of the largest norm; 0 between equal points."""
+    centre = b.mean(0)
+    p, q = a - centre, b - centre
     pp, qq = p.square().sum(1, keepdim=True), q.square().sum(1)
     square = torch.addmm(qq, p, q.T, alpha=-2).add_(pp)
+    if a.dtype == torch.float64:  # between equal points only rounding is left
+        return square.where(square > 4e-15 * (pp + qq), 0).sqrt_()
+    # |p|^2 + |q|^2 - 2 p.q has no digits left in float32 for points that are closer to each other
+    # than to the centre, nor where products are TF32 or bfloat16, as some pairs show that are
+    # computed without one: there it takes float64.
     if a is b:
         square.fill_diagonal_(torch.inf)
     far = square.amin(1, keepdim=True) > 1e-3 * (pp + qq.max())  # not so for 0, inf and nan
@@ -399,14 +401,9 @@ def _distances(a: Tensor, b: Tensor, mean: Tensor) -> Tensor:
     some = square.diagonal(-shift)
     direct = (p[shift : shift + len(some)] - q[: len(some)]).square().sum(1)
     exact = (some - direct).abs() <= 2e-6 * (pp.max() + qq.max())
-    if a.dtype != torch.float64 and not (far.all() and exact.all()):
-        double = a.double()
-        return _distances(double, double if a is b else b.double(), mean)
-    if a is b:
-        square.fill_diagonal_(0)
-    if a.dtype == torch.float64:  # between equal points only rounding is left
-        square = square.where(square > 4e-15 * (pp + qq), 0)
-    return square.sqrt_()
+    if not (far.all() and exact.all()):
+        return _distances(a.double(), b.double())
+    return (square.fill_diagonal_(0) if a is b else square).sqrt_()
 
 
 def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
@@ -421,7 +418,7 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
         at, a = slice(i, i + chunk), x[i : i + chunk]
         for j in range(i, len(x), chunk):
             to, b = slice(j, j + chunk), a if i == j else x[j : j + chunk]
-            distance = _distances(a, b, mean)
+            distance = _distances(a, b)
             sums[at] += distance @ F.one_hot(labels[to], len(count)).to(distance.dtype)
             if i != j:  # by symmetry, half the work
                 sums[to] += distance.T @ F.one_hot(labels[at], len(count)).to(distance.dtype)
