@@ -364,8 +364,8 @@ def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, k: int) -> Tens
 # U of a feature = I(fires; class) / H(fires) = 1 - H(fires | class) / H(fires)
 
 
-def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Points x [N, D], checked; their float64 mean [D]; labels as 0..C-1 [N]; cluster sizes [C]."""
+def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Points x [N, D], checked, as float32 or float64; labels as 0..C-1 [N]; cluster sizes [C]."""
     x = torch.as_tensor(x)
     if x.ndim != 2:
         raise ValueError(f"points are rows of a matrix [N, D], not {list(x.shape)}")
@@ -376,10 +376,9 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     if labels.shape != x.shape[:1] or not 2 <= len(classes) <= len(x) - 1:
         raise ValueError(f"{len(x)} points need as many labels, from 2 to {len(x) - 1} different; "
                          f"here are {labels.numel()}, {len(classes)} different")  # fmt: skip
-    mean = sum(part.sum(0, dtype=torch.float64) for part in x.split(2048)) / len(x)
-    if not mean.isfinite().all():
+    if not all(extreme.isfinite() for extreme in x.aminmax()):
         raise ValueError("some points are not finite")
-    return x, mean, labels, count
+    return x, labels, count
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
@@ -412,7 +411,7 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
     x [N, D], labels [N]; memory O(chunk * D + N * C). A cluster of one point counts 0. Raises
     ValueError for fewer than 2 or more than N - 1 different labels, as the next two scores do.
     """
-    x, mean, labels, count = _clusters(x, labels)
+    x, labels, count = _clusters(x, labels)
     sums = count.new_zeros(len(x), len(count), dtype=torch.float64)  # of distances to each cluster
     for i in range(0, len(x), chunk):
         at, a = slice(i, i + chunk), x[i : i + chunk]
@@ -430,12 +429,11 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
 
 
 def _centroids(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Centroids less the mean of all points [C, D]; each point's distance to its own [N]; labels
-    [N]; cluster sizes [C]."""
-    x, mean, labels, count = _clusters(x, labels)
-    centroids = class_mean(x, labels, len(count), lambda part: part.double() - mean)
+    """Centroids [C, D]; each point's distance to its own [N]; labels [N]; cluster sizes [C]."""
+    x, labels, count = _clusters(x, labels)
+    centroids = class_mean(x, labels, len(count), Tensor.double)
     parts = zip(x.split(2048), labels.split(2048), strict=True)
-    distance = [(part.double() - mean - centroids[own]).norm(dim=1) for part, own in parts]
+    distance = [(part - centroids[own]).norm(dim=1) for part, own in parts]
     return centroids, torch.cat(distance), labels, count
 
 
@@ -455,8 +453,9 @@ def calinski_harabasz_score(x: Tensor, labels: Tensor) -> float:
     Harabasz 1974): from 0 up, high is well separated; 1 if nothing varies within."""
     centroids, distance, labels, count = _centroids(x, labels)
     n, c, within = len(labels), len(count), distance.square().sum()
-    between = (count[:, None] * centroids.square()).sum()
-    if within <= 1e-24 * between:  # equal but for rounding
+    mean = count.double() @ centroids / n
+    between = (count[:, None] * (centroids - mean).square()).sum()
+    if within <= 1e-24 * (between + n * mean.square().sum()):  # equal but for rounding
         return 1.0
     return (between / within * (n - c) / (c - 1)).item()
 
