@@ -367,15 +367,13 @@ def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, k: int) -> Tens
 def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Points x [N, D], checked, as float32 or float64; labels as 0..C-1 [N]; cluster sizes [C]."""
     x = torch.as_tensor(x)
-    if x.ndim != 2:
-        raise ValueError(f"points are rows of a matrix [N, D], not {list(x.shape)}")
     x = x if x.dtype == torch.float64 else x.float()
     x = x.cpu() if x.device.type == "mps" else x  # Apple's mps has no float64
     labels = torch.as_tensor(labels, device=x.device)
-    classes, labels, count = labels.unique(return_inverse=True, return_counts=True)
-    if labels.shape != x.shape[:1] or not 2 <= len(classes) <= len(x) - 1:
-        raise ValueError(f"{len(x)} points need as many labels, from 2 to {len(x) - 1} different; "
-                         f"here are {labels.numel()}, {len(classes)} different")  # fmt: skip
+    _, labels, count = labels.unique(return_inverse=True, return_counts=True)
+    if x.ndim != 2 or labels.shape != x.shape[:1] or not 2 <= len(count) <= len(x) - 1:
+        raise ValueError(f"[N, D] points need as many labels, from 2 to N - 1 different; here are "
+                         f"{list(x.shape)}, {len(labels)}, {len(count)} different")  # fmt: skip
     if not all(extreme.isfinite() for extreme in x.aminmax()):
         raise ValueError("some points are not finite")
     return x, labels, count
