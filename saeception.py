@@ -125,15 +125,11 @@ class LazyRows:
     def __getitem__(self, index) -> Tensor:
         return self.read(index)
 
-    def in_memory(self, max_bytes: int = 2**29, chunk: int = 512) -> "Tensor | LazyRows":
+    def in_memory(self, max_bytes: int = 2**29) -> "Tensor | LazyRows":
         """All rows as one tensor where that takes at most `max_bytes`, else self."""
-        first = self[:1]
-        if self.n * first.nbytes > max_bytes:
+        if self.n * self[:1].nbytes > max_bytes:
             return self
-        rows = first.new_empty(self.n, *first.shape[1:])
-        for i in range(0, self.n, chunk):
-            rows[i : i + chunk] = self[i : i + chunk]
-        return rows
+        return torch.cat([self[i : i + 512] for i in range(0, self.n, 512)])
 
 
 # === 1. Sparse autoencoder ========================================================================
