@@ -12,14 +12,12 @@ Data flows one way, and everything after the trunk is plain tensors:
                                                      |
                                                   layer --> h --SAE--> z --sharpen, decode--> target
 
-The output of one layer of the classifier is its activation h. (The small networks are trained as a
-whole, --tune all: there the trunk is a part of the model.) One cycle:
+h is the output of one layer. (With --tune all the trunk is a part of the model.) One cycle:
 
     SAE       a sparse autoencoder that was trained on h                       sections 1 and 2
     sharpen   per class keep the k features with the largest mean, decode      section 3
     train     cross_entropy + weight * (1 - t) * aux(h, decoded target)        section 7
-    measure   how well the features of a fresh SAE on the new h, which serves
-              the next cycle too, separate the classes                         sections 4 and 8
+    measure   how well the next cycle's SAE, on the new h, separates classes   sections 4 and 8
 
 These sections are the method, and can be read alone; the others are networks (5), data (6), output
 files (9) and the command line (10).
