@@ -437,7 +437,7 @@ def davies_bouldin_score(x: Tensor, labels: Tensor) -> float:
     if spread.max() < 1e-8 or between.max() < 1e-8:  # scikit-learn's convention
         return 0.0
     ratio = (spread[:, None] + spread) / between.masked_fill(between == 0, torch.inf)
-    return ratio.fill_diagonal_(0).amax(1).mean().item()
+    return ratio.amax(1).mean().item()
 
 
 def calinski_harabasz_score(x: Tensor, labels: Tensor) -> float:
