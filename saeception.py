@@ -93,7 +93,10 @@ ARCHS = {
 
 
 def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
-    """Shuffled index batches, epoch after epoch. The short batch at the end of each is dropped."""
+    """Shuffled index batches, epoch after epoch. The short batch at the end of each is dropped.
+    ValueError if n is 0."""
+    if n == 0:
+        raise ValueError("no rows to train on")
     generator = torch.Generator().manual_seed(seed)
     size = min(n, batch_size)
     orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
@@ -317,7 +320,10 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable | None 
     """Mean of v [N, D], or of transform(v), over each class; zeros for a class without examples.
 
     y [N] class numbers; gives [n_classes, D]. In chunks: the codes of all examples may not fit.
+    ValueError if v and y differ in length.
     """
+    if len(v) != len(y):
+        raise ValueError(f"{len(v)} rows but {len(y)} classes of rows")
     total, count = 0, y.bincount(minlength=n_classes)[:, None]
     for i in range(0, len(v), 2048):
         part, labels = v[i : i + 2048], y[i : i + 2048]

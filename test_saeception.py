@@ -214,6 +214,14 @@ def test_activations_in_chunks_and_unknown_layer():
 # === 3. Feature sharpening ===
 
 
+def test_rows_that_do_not_belong_together_are_refused():
+    with pytest.raises(ValueError, match="2048 rows but 4096 classes"):
+        S.class_mean(torch.ones(2048, 1), torch.zeros(4096).long(), 1)
+    for train in (lambda: S.train_sae(torch.ones(0, 3), 8), lambda: S.batches(0, 5, 1, 0)):
+        with pytest.raises(ValueError, match="no rows"):
+            train()
+
+
 def test_class_top_k_and_sharpen_by_hand():
     z = torch.tensor([[5.0, 0, 1, 0], [1, 0, 3, 0], [0, 2, 0, 0], [0, 4, 1, 1]])
     y = torch.tensor([0, 0, 2, 2])  # class 1 has no examples
@@ -1461,8 +1469,10 @@ def test_two_processes_train_like_one(tmp_path, capsys):
 
 def test_two_processes_share_a_trunk_pass(tmp_path, capsys):
     data = write_photos(tmp_path / "data", n=300)
-    flags = [*PHOTOS, "--data-dir", data]
+    flags, threads = [*PHOTOS, "--data-dir", data], torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun does; bfloat16 products round by it
     alone = run(capsys, tmp_path / "alone", *flags, "--cache-dir", tmp_path / "cache")[3]
+    torch.set_num_threads(threads)
     process = torchrun(tmp_path, "two", *flags)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
