@@ -78,7 +78,8 @@ DEFAULTS = {
                               batch_size=64, lr=1e-3, aux_weight=0.3, d_sae=512, l1=0.3, sae_k=16,
                               sae_epochs=20),
     "imagenet": CONVNEXT | dict(epochs=1, lr=1e-4, sae_epochs=1),
-    "folders": CONVNEXT | dict(epochs=20, lr=1e-3, sae_epochs=20),  # other classes, a new head
+    # Other classes, a new head. Few photos need many epochs of an SAE: as many as make 1000 steps.
+    "folders": CONVNEXT | dict(epochs=20, lr=1e-3, sae_epochs=None),
 }
 ARCHS = {
     "digits": ["mlp"], "mnist": ["mlp"],
@@ -384,7 +385,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     of the largest norm; 0 between equal points."""
     centre = b.mean(0)
     p, q = a - centre, b - centre
-    pp, qq = p.square().sum(1, keepdim=True), q.square().sum(1)
+    pp, qq = p.norm(dim=1, keepdim=True).square(), q.norm(dim=1).square()
     square = torch.addmm(qq, p, q.T, alpha=-2).add_(pp)
     if a.dtype == torch.float64:  # between equal points only rounding is left
         return square.where(square > 4e-15 * (pp + qq), 0).sqrt_()
@@ -396,7 +397,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     far = square.amin(1, keepdim=True) > 1e-3 * (pp + qq.max())  # not so for 0, inf and nan
     shift = int(a is b)
     some = square.diagonal(-shift)
-    direct = (p[shift : shift + len(some)] - q[: len(some)]).square().sum(1)
+    direct = (p[shift : shift + len(some)] - q[: len(some)]).norm(dim=1).square()
     exact = (some - direct).abs() <= 2e-6 * (pp.max() + qq.max())
     if not (far.all() and exact.all()):
         return _distances(a.double(), b.double())
@@ -1319,7 +1320,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--l1", type=partial(number, float, 0), help="weight of the L1 norm, for --sae l1")
     flag("--sae-k", type=count, help="active features per example, for --sae topk")
     flag("--epochs", type=count, help="of the classifier: for the baseline, and in every cycle")
-    flag("--sae-epochs", type=count, help="of each SAE")
+    flag("--sae-epochs", type=count, help="of each SAE; None in the defaults: 1000 steps at least")
     flag("--batch-size", type=count, help="of the classifier and of the trunk")
     flag("--lr", type=partial(number, float, 1e-12), help="learning rate of the classifier")
     flag("--seeds", type=partial(number, int, 0), nargs="+", help="one run each (default: 0)")
@@ -1452,7 +1453,8 @@ def run(config: dict, data: SimpleNamespace, network: tuple, folder: Path, saved
     options |= {"weight": config["aux_weight"], "pretrained": pretrained, "progress": show_progress}
     options["k"] = config["sae_k"] if config["sae"] == "topk" else None
     options["arms"] = {arm: rules[arm] for arm in config["arms"]}
-    options["sae_options"] = {"l1": config["l1"], "epochs": config["sae_epochs"]}
+    epochs = config["sae_epochs"] or math.ceil(1000 / max(1, len(train[0]) // 256))
+    options["sae_options"] = {"l1": config["l1"], "epochs": epochs}
     # The SAEs of the small networks are too small to gain by it.
     options["sae_options"]["bfloat16"] = not tune_all and bfloat16_is_fast(device)
     options["fit_options"] = {k: config[k] for k in ("aux_loss", "epochs", "batch_size", "lr")}

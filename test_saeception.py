@@ -1395,6 +1395,19 @@ def test_photos_end_to_end(tmp_path, capsys):
     assert status == 0 and "not defined" in err and rows_of(folder)[0]["silhouette"] is None
 
 
+def test_few_photos_are_read_often(tmp_path, capsys, monkeypatch):
+    data, epochs, train_sae = write_photos(tmp_path / "data"), set(), S.train_sae
+
+    def quick(*args, **options):
+        epochs.add(options.pop("epochs"))
+        return train_sae(*args, epochs=2, **options)
+
+    monkeypatch.setattr(S, "train_sae", quick)
+    at = PHOTOS.index("--sae-epochs")
+    assert run(capsys, tmp_path, *PHOTOS[:at], *PHOTOS[at + 2 :], "--data-dir", data)[0] == 0
+    assert epochs == {1000}  # of one batch each
+
+
 def test_the_head_of_the_checkpoint_is_kept_for_imagenet(tmp_path, capsys):
     weights, _ = official_convnext()
     torch.save({"model": weights}, tmp_path / "atto.pt")
