@@ -213,7 +213,8 @@ def train_sae(
         # The last fifth of the steps takes the learning rate to zero: less noise, lower error.
         optimizer.param_groups[0]["lr"] = lr * min(1, 5 * (1 - step / len(order)))
         batch = take(h, index, device) * scale  # (B, d_in)
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bfloat16):
+        # Under an autocast of the caller's, its cache would keep the weights of the first step.
+        with torch.autocast(batch.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
             h_hat, z = sae(batch)
         error = (h_hat - batch).square().sum(1)  # (B,)
         used = z.sum(0)  # (d_sae,); as z >= 0, their sum is the L1 norm of the whole batch

@@ -119,6 +119,9 @@ def test_an_sae_is_as_good_when_trained_in_bfloat16(k):
     exact, rough = [(h - sae(h)[0]).square().sum().item() for sae in saes]
     assert saes[1].W_dec.dtype == torch.float32 and not torch.equal(saes[0].W_dec, saes[1].W_dec)
     assert rough < 1.1 * exact
+    with torch.autocast("cpu", torch.bfloat16):  # of a caller, who may have one around everything
+        again = S.train_sae(h, 32, k, l1=0.02, epochs=20, bfloat16=True)
+    assert torch.equal(again.W_dec, saes[1].W_dec)
 
 
 def test_train_sae_folds_its_scale_back():
