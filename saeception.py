@@ -438,11 +438,12 @@ def _centroids(x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 
 def davies_bouldin_score(x: Tensor, labels: Tensor) -> float:
-    """Davies-Bouldin index (1979): from 0 up, low is well separated. x [N, D], labels [N]."""
+    """Davies-Bouldin index (1979): from 0 up, low is well separated. x [N, D], labels [N]. Where no
+    spread, or no distance between centroids, is over 1e-8 it is 0, as in scikit-learn."""
     centroids, distance, labels, count = _centroids(x, labels)
     spread = labels.bincount(weights=distance) / count
     between = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
-    if spread.max() < 1e-8 or between.max() < 1e-8:  # scikit-learn's convention
+    if spread.max() < 1e-8 or between.max() < 1e-8:
         return 0.0
     ratio = (spread[:, None] + spread) / between.masked_fill(between == 0, torch.inf)
     return ratio.amax(1).mean().item()
@@ -1236,6 +1237,8 @@ def draw_features(z: Tensor, images, y: Tensor, mean: Tensor, names, size: int) 
         top = 5 + c * (side + 46)
         draw.text((10, top), f"class {names[c]}", fill=colours[c], font=font)
         for left, feature in zip(range(10, canvas.width, 8 * side + 20), features, strict=False):
+            if mean[c, feature] == 0:  # the class does not use it
+                continue
             text = f"feature {feature}, mean {mean[c, feature]:.2f}"
             draw.text((left, top + 20), text, fill="black", font=font)
             best = z[:, feature].topk(n_best).indices.cpu()

@@ -1251,6 +1251,14 @@ def test_settings_reach_what_they_set(tmp_path, capsys, monkeypatch):
     assert all(row["l0"] <= 5 for row in rows_of(folder))
 
 
+def test_the_picture_shows_no_features_of_a_class_without_any():
+    z, images, y = torch.rand(20, 4), torch.zeros(20, 1, 28, 28).byte(), torch.arange(20) % 2
+    mean = torch.tensor([[0.5, 0.2, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    picture = np.array(S.draw_features(z, images, y, mean, ["cat", "dog"], 28).convert("L"))
+    black = [(row < 9).sum() // (44 * 44) for row in np.split(picture[10:], [98])]
+    assert black == [16, 0]  # two features of eight black images each; none
+
+
 def test_several_seeds_and_their_summary(tmp_path, capsys):
     status, out, _, folder = run(capsys, tmp_path, "--seeds", 3, 4, 3, "--cycles", 1, *SMALL)
     assert status == 0
