@@ -931,7 +931,7 @@ def trunk_features(
             num_workers=0 if isinstance(images, Tensor) else workers, pin_memory=device == "cuda",
         )  # fmt: skip
         for i, photos in zip(todo, progress(loader), strict=True):
-            with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16):
                 h = [trunk(part.to(device, non_blocking=True)) for part in photos.split(batch_size)]
             h = torch.cat(h).float().cpu().to(getattr(torch, dtype)).numpy()
             if h.shape[1:] != x.shape[1:]:
@@ -1457,10 +1457,9 @@ def run(config: dict, data: SimpleNamespace, network: tuple, folder: Path, saved
     options |= {"weight": config["aux_weight"], "pretrained": pretrained, "progress": show_progress}
     options["k"] = config["sae_k"] if config["sae"] == "topk" else None
     options["arms"] = {arm: rules[arm] for arm in config["arms"]}
-    epochs = config["sae_epochs"] or math.ceil(1000 / max(1, len(train[0]) // 256))
-    options["sae_options"] = {"l1": config["l1"], "epochs": epochs}
-    # The SAEs of the small networks are too small to gain by it.
-    options["sae_options"]["bfloat16"] = not tune_all and bfloat16_is_fast(device)
+    epochs = config["sae_epochs"] or math.ceil(1000 / max(1, len(train[0]) // 256))  # its batch
+    rough = not tune_all and bfloat16_is_fast(device)  # small networks' SAEs would not gain by it
+    options["sae_options"] = {"l1": config["l1"], "epochs": epochs, "bfloat16": rough}
     options["fit_options"] = {k: config[k] for k in ("aux_loss", "epochs", "batch_size", "lr")}
     if tune_all and config["dataset"] == "cifar10":
         options["fit_options"]["augment"] = flip_and_shift

@@ -870,6 +870,7 @@ def test_cached_features(tmp_path, capsys):
     trunk.seen = 0
     S.trunk_features(trunk, images, path, key=5)
     assert trunk.seen == 1100 and "foreign" in capsys.readouterr().err
+    assert torch.equal(S.trunk_features(trunk, images, tmp_path / "0.npy", device="cpu:0"), x)
     rough = S.trunk_features(trunk, images, tmp_path / "rough.npy", bfloat16=True)
     assert not torch.equal(rough, x) and torch.allclose(rough, x, rtol=0.01, atol=0.01)
     wider = nn.Sequential(trunk, nn.Linear(5, 7))
