@@ -1,0 +1,115 @@
+"""What the experiments share: inputs, one list of results in a file, and Markdown tables of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import saeception as S
+
+FIELDS = {
+    "accuracy": ("accuracy", 4), "silhouette": ("silhouette z", 3), "davies_bouldin": ("DB z", 3),
+    "h_silhouette": ("silhouette h", 3), "h_davies_bouldin": ("DB h", 3),
+    "uncertainty": ("U z", 3), "h_uncertainty": ("U h", 3), "class_selectivity": ("sel. z", 2),
+    "h_class_selectivity": ("sel. h", 2), "l0": ("L0", 1), "fvu": ("FVU", 3),
+}  # fmt: skip
+
+
+def inputs(dataset, data_dir, n_train=20_000, n_test=5000):
+    """The splits of a small data set as floats, at most so many examples of each."""
+    splits, _ = S.load_data(dataset, data_dir)
+    result = {split: (images.float() / 255, y) for split, (images, y) in splits.items()}
+    for split, n in (("train", n_train), ("test", n_test)):
+        result[split] = tuple(v[:n] for v in result[split])
+    return result
+
+
+def keep(path, row):
+    """Append a row to a file of JSON lines, so that a run that was stopped goes on."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def rows_of(path):
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def markdown(rows, by, fields=FIELDS):
+    """A line for each value of the keys `by`, in the order in which they come: mean ± standard
+    deviation over the rows that share it."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    fields = {key: field for key, field in fields.items() if key in rows[0]}
+    print("| " + " | ".join([*by, "seeds", *(name for name, _ in fields.values())]) + " |")
+    print("|" + "---|" * (len(by) + 1 + len(fields)))
+    for name, group in groups.items():
+        cells = [*map(str, name), str(len(group))]
+        for key, (_, digits) in fields.items():
+            values = np.array([row[key] for row in group])
+            text = f"{values.mean():.{digits}f}"
+            if len(values) > 1:
+                text += f" ± {values.std(ddof=1):.{digits}f}"
+            cells.append(text)
+        print("| " + " | ".join(cells) + " |")
+
+
+def digit_factors(n=14_000, seed=0):
+    """The six numbers of the affine map of each rendered digit [n, 6]: the same draws as in
+    `render_digits`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    torch.randint(10, (n,), generator=generator)
+    angle, shear, size = uniform(-0.35, 0.35), uniform(-0.2, 0.2), uniform(0.7, 1.0)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    rows = [cos, sin + shear, uniform(-0.15, 0.15), -sin, cos, uniform(-0.15, 0.15)]
+    return torch.stack(rows, dim=1) / size[:, None]
+
+
+def factor_share(model, layer, splits):
+    """What h still knows of a rendered digit besides its class: the share of the variance of the
+    affine map, within a class, that a linear map of h explains; fitted on the training images,
+    measured on the test images. The splits have to be all of `load_data("digits")`."""
+    generator = torch.Generator().manual_seed(0)  # the order of load_data
+    order = torch.randperm(12_000, generator=generator)[2000:]
+    test_order = 12_000 + torch.randperm(2000, generator=generator)
+    factors, images = digit_factors(), S.render_digits(14_000)[0]
+    parts = []
+    for split, index in (("train", order), ("test", test_order)):
+        x, y = splits[split]
+        assert torch.equal(x, images[index].float() / 255)
+        h = S.activations(model, layer, x)[0]
+        parts.append((h, factors[index], y))
+    (h, m, y), (h_test, m_test, y_test) = parts
+    mean_h, mean_m = S.class_mean(h, y, 10), S.class_mean(m, y, 10)
+    linear = torch.linalg.lstsq(h - mean_h[y], m - mean_m[y]).solution
+    left = m_test - mean_m[y_test] - (h_test - mean_h[y_test]) @ linear
+    return 1 - (left.square().sum(0) / (m_test - mean_m[y_test]).square().sum(0)).mean().item()
+
+
+def small_network(kind, width=64):
+    """Networks that differ from `small_cnn` in one thing each, and the name of their layer."""
+    cnn = S.small_cnn()[1]
+    if kind == "cnn":
+        return cnn, "norm"
+    if kind == "cnn, ReLU for LayerNorm":
+        cnn.norm = torch.nn.ReLU()
+    elif kind == "cnn, no LayerNorm":
+        cnn.norm = torch.nn.Identity()
+    elif kind == "cnn, 16 units":
+        cnn.fc, cnn.norm = torch.nn.Linear(512, 16), torch.nn.LayerNorm(16)
+        cnn.head = torch.nn.Linear(16, 10)
+    else:
+        sizes = {"mlp 784-64-64-10, LayerNorm": 64, "mlp 784-16-16-10": 16}
+        width = sizes[kind]
+        norm = torch.nn.LayerNorm(64) if width == 64 else torch.nn.ReLU()
+        layers = [torch.nn.Flatten(), torch.nn.Linear(784, width), torch.nn.ReLU()]
+        layers += [torch.nn.Linear(width, width), norm, torch.nn.Linear(width, 10)]
+        return torch.nn.Sequential(*layers), "4"
+    return cnn, "norm"
