@@ -392,9 +392,7 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.as_tensor(x)
     if x.device.type == "mps":  # has no float64
         x = x.cpu()
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    elif x.dtype != torch.float32:
+    if x.dtype != torch.float32:
         x = x.double()
     labels = torch.as_tensor(labels, device=x.device)
     _, labels, size = labels.unique(return_inverse=True, return_counts=True)
@@ -425,16 +423,20 @@ def _distances(a: Tensor, b: Tensor, same: bool) -> Tensor | None:
 def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
     """Mean silhouette (Rousseeuw 1987), Euclidean and exact: -1 to 1, high is well separated.
 
-    x [N, D], labels [N]; memory O(N * D + N * C). A cluster of one point counts 0. Raises
-    ValueError for fewer than 2 or more than N - 1 different labels, as the next two scores do.
-    """
-    x, labels, size = _clusters(x, labels)
-    exact = x.double() - x.mean(0, dtype=torch.float64)
-    exact /= exact.norm(dim=1).max().clamp_min(1e-300)  # a silhouette has no scale
-    x = exact.to(x.dtype)  # float32 is twice as fast
-    probe = x[:256]
-    if ((probe @ probe.T).diagonal() - probe.square().sum(1)).abs().max() > 1e-6:
-        x = exact  # products are rough here: TF32 or bfloat16
+    x [N, D], labels [N]; a cluster of one point counts 0. Raises ValueError for fewer than 2 or
+    more than N - 1 different labels, as the next two scores do."""
+    points, labels, size = _clusters(x, labels)
+    centre = points.mean(0, dtype=torch.float64)
+    x = points - centre.to(points.dtype)
+    scale = x.abs().max().clamp_min(1e-37) * math.sqrt(x.shape[1])  # a silhouette has no scale
+    x = x / scale
+
+    def exact(rows):
+        return (points[rows].double() - centre) / scale
+
+    norms, probe = x[:256].square().sum(1), x[:256]
+    if ((probe @ probe.T).diagonal() - norms).abs().max() > 2e-6 * norms.max():
+        x = exact(slice(None))  # float32 products are rough here: TF32 or bfloat16
     member = F.one_hot(labels).to(x.dtype)  # (N, C)
     sums = torch.zeros_like(member, dtype=torch.float64)  # of distances to each cluster
     for i in range(0, len(x), chunk):
@@ -443,7 +445,7 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
             columns = slice(j, j + chunk)
             distance = _distances(x[rows], x[columns], i == j)
             if distance is None:
-                distance = _distances(exact[rows], exact[columns], i == j)
+                distance = _distances(exact(rows), exact(columns), i == j)
             sums[rows] += distance @ member[columns].to(distance.dtype)
             if i != j:  # by symmetry, half the work
                 sums[columns] += distance.T @ member[rows].to(distance.dtype)
@@ -572,18 +574,20 @@ def measure(model: nn.Module, layer: str, sae, x: Tensor, y: Tensor) -> dict[str
         "dead": (z == 0).all(0).double().mean().item(),  # share of features that never fire
         "fvu": ((h - sae.decode(z)).square().sum() / (h - h.mean(0)).square().sum()).item(),
     }
+    metrics = {
+        "silhouette": silhouette_score,
+        "davies_bouldin": davies_bouldin_score,
+        "calinski_harabasz": calinski_harabasz_score,
+        "class_selectivity": class_selectivity_index,
+        "uncertainty": uncertainty_coefficient,
+    }
     # A unit of h, which has no zero of its own, "fires" above its 75th percentile.
-    percentile = h.kthvalue(3 * (len(h) - 1) // 4 + 1, dim=0).values
-    for prefix, points, firing in (("", z, z), ("h_", h, h > percentile)):
-        for name, metric, values in (
-            ("silhouette", silhouette_score, points),
-            ("davies_bouldin", davies_bouldin_score, points),
-            ("calinski_harabasz", calinski_harabasz_score, points),
-            ("uncertainty", uncertainty_coefficient, firing),
-            ("class_selectivity", class_selectivity_index, points),
-        ):
-            defined = 2 <= len(y.unique()) < len(y)
-            row[prefix + name] = metric(values, y) if defined else math.nan
+    h_fires = h > h.kthvalue(3 * (len(h) - 1) // 4 + 1, dim=0).values
+    for name, metric in metrics.items():
+        row[name] = row[f"h_{name}"] = math.nan
+        if 2 <= len(y.unique()) < len(y):
+            row[name] = metric(z, y)
+            row[f"h_{name}"] = metric(h_fires if name == "uncertainty" else h, y)
     return row
 
 

@@ -64,6 +64,8 @@ TARGETS = [  # name, rule, weight
     ("reconstruction, weight 3", S.ARMS["reconstruction"], 3.0),
     ("sharpened, k 25, weight 0.3", sharpened(25), 0.3),
     ("sharpened, k 25, weight 3", sharpened(25), 3.0),
+    ("class mean, weight 0.03", S.ARMS["class-mean"], 0.03),
+    ("class mean, weight 0.1", S.ARMS["class-mean"], 0.1),
     ("class mean, weight 0.3", S.ARMS["class-mean"], 0.3),
     ("class mean, weight 3", S.ARMS["class-mean"], 3.0),
     ("TopK SAE: none (control)", None, 0.0),

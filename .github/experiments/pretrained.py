@@ -17,7 +17,7 @@ from torch import nn
 
 import saeception as S
 
-SEEDS, CYCLES, D_SAE, L1, PATH = range(3), 2, 2560, 3.0, "runs/pretrained.jsonl"
+SEEDS, CYCLES, D_SAE, L1, PATH = range(3), 1, 2560, 3.0, "runs/pretrained.jsonl"
 
 
 class ResidualMLP(nn.Module):
@@ -50,7 +50,7 @@ def main():
             *_, state = S.saeception(
                 model, layer, (x, y), (x_test, y_test), D_SAE, cycles=CYCLES, arms=S.ARMS,
                 seed=seed, baseline_epochs=5, fit_options={"epochs": 2, "lr": 3e-4},
-                sae_options={"l1": L1, "min_steps": 0, "bfloat16": True},
+                sae_options={"l1": L1, "min_steps": 0},
             )  # fmt: skip
             for row in state["rows"]:
                 if row["cycle"] in (0, CYCLES):
