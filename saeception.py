@@ -6,15 +6,16 @@
     python saeception.py --dataset cifar10 --cycles 3       # ViT-H/14
     python saeception.py --dataset imagenet --data-dir DIR  # ConvNeXt-V2; DIR/train, DIR/val
 
-One cycle, for a classifier with a layer whose output is the activation h [batch, d_in]:
+One cycle, for a classifier with a layer whose output is the activation h [batch, d_in], and where
+it is in this file:
 
-    1, 2  train an SAE on h, which a hook captures:   h -> z [batch, d_sae] -> h_hat
-    3     per class keep the top_k features with the largest mean z, zero the rest, decode: targets
-    4     train on with   cross_entropy(logits, y) + weight * aux(h, target)
-    5     measure how well the features of a fresh SAE separate the classes
-    6     repeat, beside a control arm with the same training and no targets
+    sections 1, 2  train an SAE on h, which a hook captures: h -> z [batch, d_sae] -> h_hat
+    section 3      per class keep the top_k features with the largest mean z, zero the rest, decode
+    section 4      train on with cross_entropy(logits, y) + weight * aux(h, target)
+    section 5      measure how well the features of a fresh SAE separate the classes
+    section 6      repeat, beside a control arm with the same training and no targets
 
-Sections 1 to 6 are the method; they use only torch and nothing below them. Sections 7 to 11 run it
+These sections are the method; they use only torch and nothing below them. Sections 7 to 11 run it
 on the paper's networks and data. What departs from the paper is marked "ours".
 
 Paper: "SAE-ception: Iteratively Using Sparse Autoencoders as a Training Signal", Mechanistic
@@ -49,7 +50,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.transforms import v2
 
@@ -112,7 +113,7 @@ def train_sae(
     epochs: int = 10,
     min_steps: int = 1000,  # more epochs where rows are few; 0 switches it off
     batch_size: int = 256,
-    lr: float | None = None,  # of Adam. None: 0.006 for 256 features, less for more (Gao et al.)
+    lr: float | None = None,  # of Adam. None: 0.006 * sqrt(256 / d_sae), as in Gao et al.
     seed: int = 0,
     device: torch.device | str | None = None,  # where the SAE trains. None: where h is
     bfloat16: bool = False,  # products in bfloat16: as good and, on many machines, much faster
@@ -121,9 +122,9 @@ def train_sae(
     """Train a fresh SAE on activations. It comes back frozen and takes h as it is.
 
     Inside, h is scaled to a mean squared norm of d_in, so that one `l1` suits layers of any scale;
-    in the end the scale is folded into the biases, and z is in units of h. An SAE that explains
-    less than the mean of h does is told on stderr. Raises FloatingPointError if h is constant or
-    the loss stops being finite.
+    in the end the scale is folded into the biases, and z has the scale of h. A line on stderr warns
+    of an SAE that is worse than the mean of h. Raises FloatingPointError if h is constant or if the
+    SAE stops being finite.
     """
     h = h.detach()
     if device is None:
@@ -132,7 +133,8 @@ def train_sae(
         lr = 0.006 * math.sqrt(256 / d_sae)
     sample = h[batches(len(h), 4096, 1, seed)[0]].to(device).float()
     if (sample == sample[0]).all():
-        raise FloatingPointError("the layer is dead: one output for all examples; lower lr")
+        raise FloatingPointError("h is the same for all examples: is the layer dead? Train the "
+                                 "classifier with a lower lr")  # fmt: skip
     scale = 1 / sample.square().mean().sqrt().item()
     generator = torch.Generator().manual_seed(seed)
     sae = SparseAutoencoder(h.shape[1], d_sae, k, generator).to(device)
@@ -152,7 +154,7 @@ def train_sae(
         lr_now = lr * min(1, 5 * (1 - step / len(steps)))
         optimizer.param_groups[0]["lr"] = lr_now
         batch = h[index].to(device).float() * scale  # (B, d_in)
-        # cache_enabled: under an autocast of the caller's, its cache would keep old weights.
+        # Without a cache: inside an autocast of the caller's it would keep old weights.
         with torch.autocast(batch.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
             h_hat, z = sae(batch)
         loss = (h_hat - batch).square().sum(1).mean()
@@ -161,24 +163,25 @@ def train_sae(
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
-            # Unit rows, or a small z and a large W_dec would get around the L1 term. The part of
-            # the gradient that they undo goes first, so that Adam does not see it (Bricken et al.).
+            # Rows keep norm 1, or a small z and a large W_dec would get around the L1 term. The
+            # gradient along a row changes its norm alone: Adam does not see it (Bricken et al.).
             W_dec, gradient = sae.W_dec, sae.W_dec.grad
             gradient -= (gradient * W_dec).sum(1, keepdim=True) * W_dec
             optimizer.step()
             W_dec /= W_dec.norm(dim=1, keepdim=True)
-            # Ours, in place of resampling: a feature that the batch does not use gets no gradient;
-            # its bias rises until it is used.
+            # Ours, in place of the resampling of dead features of Bricken et al.: a feature that
+            # the batch does not use gets no gradient; its bias rises until it is used.
             sae.b_enc += 0.1 * lr_now * math.sqrt(h.shape[1]) * (z == 0).all(0)
-    if not loss.isfinite():
-        raise FloatingPointError("the loss of the SAE is not finite")
 
     sae.requires_grad_(False)
     sae.b_enc /= scale
     sae.b_dec /= scale
-    left = (sample - sae(sample)[0]).square().sum() / (sample - sample.mean(0)).square().sum()
-    if left > 1:
-        print(f"the SAE is no good (FVU {left:.2f}): try more steps, or less l1", file=sys.stderr)
+    # Fraction of variance unexplained.
+    fvu = (sample - sae(sample)[0]).square().sum() / (sample - sample.mean(0)).square().sum()
+    if not fvu.isfinite():
+        raise FloatingPointError("the SAE is not finite; lower its lr")
+    if fvu > 1:
+        print(f"the SAE is no good (FVU {fvu:.2f}): try more steps, or less l1", file=sys.stderr)
     return sae
 
 
@@ -190,14 +193,14 @@ def train_sae(
 def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
     """Within `with capture(layer) as seen:`, `seen.h` is the layer's last output, [B, d_in].
 
-    The gradient is attached: a loss on `seen.h` trains what is below the layer. Tokens [B, T, D]
-    give the class token, maps [B, C, H, W] their mean over H and W. ValueError for other outputs.
+    The gradient is attached: a loss on `seen.h` trains the layer and what is below it. Tokens
+    [B, T, D] give the class token, maps [B, C, H, W] their mean over H and W. Others: ValueError.
     """
     seen = SimpleNamespace(h=None)
 
     def hook(module, inputs, output):
         ndim = output.ndim if isinstance(output, Tensor) else 0
-        channels_last = ndim == 4 and isinstance(module, nn.LayerNorm | nn.Linear)
+        channels_last = ndim == 4 and type(module) in (nn.LayerNorm, nn.Linear)
         if ndim not in (2, 3, 4) or channels_last:
             kind = type(module).__name__
             raise ValueError(f"the output of {kind} is none of [B, D], [B, T, D], [B, C, H, W]")
@@ -251,18 +254,14 @@ def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tu
 # mask[c] = top_k features of mean(z | class c)      target = decode(z * mask[y])
 
 
-def class_mean(v: Tensor, y: Tensor, n_classes: int, encode: Callable | None = None) -> Tensor:
-    """Mean of v [N, D], or of encode(v), over each class: [n_classes, D], float32 or float64. A
-    class without examples gets zeros. y [N] class numbers. ValueError if v and y differ in length.
-    """
+def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tensor.float) -> Tensor:
+    """Mean of transform(v) over each class, [n_classes, D]; zeros for a class without examples.
+    v [N, D]; y [N] class numbers. ValueError if v and y differ in length."""
     if len(v) != len(y):
         raise ValueError(f"{len(v)} rows but {len(y)} classes of rows")
     total, y = 0, y.long()
-    for part, labels in zip(v.split(2048), y.split(2048), strict=True):  # all codes may not fit
-        if encode is not None:
-            part = encode(part)
-        if part.dtype != torch.float64:
-            part = part.float()  # half precision would overflow
+    for part, labels in zip(v.split(2048), y.split(2048), strict=True):
+        part = transform(part)  # in parts: all codes may not fit into memory
         total = total + F.one_hot(labels, n_classes).to(part).T @ part
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
@@ -280,7 +279,7 @@ def class_top_k(z: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
 
 def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """z [N, d_sae] without the features that the example's class, y [N], does not keep."""
-    return z * mask[y.long()]
+    return z * mask[y.long().to(mask.device)]
 
 
 @torch.no_grad()
@@ -309,36 +308,36 @@ def fit(
     x: Tensor,  # inputs [N, ...], on any device
     y: Tensor,  # class numbers [N]
     targets: Tensor | None = None,  # constants [N, d_in], on any device. None: the task alone
-    weight: float = 0.0,  # of the auxiliary loss at the start; it falls to zero
+    weight: float = 1.0,  # of the auxiliary loss at the start; it falls to zero
     aux_loss: str = "mse",  # or "cosine", that of the paper's code, which leaves the scale free
     epochs: int = 1,
     batch_size: int = 64,
     lr: float = 1e-3,  # of Adam
-    augment: Callable | None = None,  # changes each input; the targets are of the clean ones
+    augment: Callable | None = None,  # changes each input; targets stay those of the unchanged
     seed: int = 0,  # of the order of the batches, of dropout and of `augment`
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> None:
     """Train, or train on, with the combined loss.
 
-    The variance of h, averaged over its units, is taken once at the start from up to 4096 examples:
-    one `weight` then suits layers of any scale. Where torch.distributed is initialized, each
-    process takes its share of every batch. Raises FloatingPointError, with the epoch, if the loss
-    diverges, and ValueError for what does not fit together.
+    The variance of h, averaged over its d_in components, is taken once at the start from up to 4096
+    examples: one `weight` then suits layers of any scale. Where torch.distributed is initialized,
+    each process takes its share of every batch. Raises FloatingPointError, with the epoch, if the
+    loss diverges, and ValueError for what does not fit together.
     """
     if aux_loss not in ("mse", "cosine"):
         raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
     if len(y) != len(x) or (targets is not None and len(targets) != len(x)):
         raise ValueError("x, y and targets need the same number of rows")
-    if targets is not None:
-        h, _ = activations(model, layer, x[batches(len(x), 4096, 1, seed)[0]])
-        variance = h.var(0).mean().item()
-        if targets.shape[1:] != h.shape[1:]:
-            raise ValueError(f"targets have to be [N, {h.shape[1]}], as h is")
     rank, world = 0, 1
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
         for parameter in model.parameters():
             dist.broadcast(parameter.data, src=0)
+    if targets is not None:
+        h, _ = activations(model, layer, x[batches(len(x), 4096, 1, seed)[0]])
+        variance = h.var(0).mean().item()
+        if targets.shape[1:] != h.shape[1:]:
+            raise ValueError(f"targets have to be [N, {h.shape[1]}], as h is")
 
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -372,17 +371,20 @@ def fit(
                     if parameter.grad is not None:
                         dist.all_reduce(parameter.grad)  # the sum over the shares of the batch
             optimizer.step()
-            epoch, rest = divmod((step + 1) * epochs, len(steps))
+            epoch, rest = divmod(step + 1, len(steps) // epochs)
             if rest == 0:
                 finite = all(parameter.isfinite().all() for parameter in model.parameters())
+                # Dead ReLUs can hold a diverged network at a finite, but very large loss.
                 if not (finite and loss < math.inf and task_loss < 1e6):
                     raise FloatingPointError(f"the loss diverged in epoch {epoch}; lower lr")
     model.eval()
 
 
 # === 5. Metrics ===================================================================================
-# silhouette of a point = (b - a) / max(a, b)     a, b: mean distance to its own and the next class
+# silhouette of a point = (b - a) / max(a, b)
+#     a, b: mean distance to the points of its own class, of the nearest other class
 # Davies-Bouldin = mean over i of max over j of (spread_i + spread_j) / distance(centre_i, centre_j)
+#     spread: mean distance of a class's points to their centre
 # U of a feature = I(fires; class) / H(fires) = 1 - H(fires | class) / H(fires)
 # selectivity of a feature = (mu_max - mu_other) / (mu_max + mu_other)     mu: its class means
 
@@ -405,8 +407,8 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _distances(a: Tensor, b: Tensor, same: bool) -> Tensor | None:
-    """|a_i - b_j| [n, m] of points a [n, D] and b [m, D] with norms of at most 1, to a relative
-    1e-4 or better down to 1e-7; 0 between equal points. None where float32 has no digits left."""
+    """|a_i - b_j| [n, m] of points a [n, D] and b [m, D] with norms of at most 1: relative error
+    below 1e-4 for those over 1e-7, 0 between equal points. None where float32 cannot tell."""
     aa, bb = a.square().sum(1, keepdim=True), b.square().sum(1)
     square = torch.addmm(bb, a, b.T, alpha=-2).add_(aa)  # |a|^2 + |b|^2 - 2 a.b
     if a.dtype == torch.float64:  # between equal points only rounding is left
@@ -414,7 +416,7 @@ def _distances(a: Tensor, b: Tensor, same: bool) -> Tensor | None:
     if same:
         square.fill_diagonal_(torch.inf)
     if (square.amin(1, keepdim=True) <= 1e-3 * (aa + bb.max())).any():
-        return None  # some points are closer to each other than to the centre
+        return None  # some points are much closer to each other than to the centre
     if same:
         square.fill_diagonal_(0)
     return square.sqrt_()
@@ -513,10 +515,10 @@ def uncertainty_coefficient(z: Tensor, labels: Tensor) -> float:
     z, labels = torch.as_tensor(z).cpu(), torch.as_tensor(labels).cpu()
     labels = labels.unique(return_inverse=True)[1]
     p_class = labels.bincount().double() / len(labels)  # (C,)
-    p_fires = class_mean((z > 0), labels, len(p_class), Tensor.double)  # (C, d_sae)
-    h_fires = entropy(p_class @ p_fires)  # (d_sae,)
-    u = 1 - p_class @ entropy(p_fires) / h_fires
-    u = u[h_fires > 1e-9]
+    p_fires = class_mean(z > 0, labels, len(p_class), Tensor.double)  # (C, d_sae)
+    entropy_fires = entropy(p_class @ p_fires)  # (d_sae,)
+    u = 1 - p_class @ entropy(p_fires) / entropy_fires
+    u = u[entropy_fires > 1e-9]
     return u.mean().item() if len(u) else 0.0
 
 
@@ -528,7 +530,7 @@ def class_selectivity_index(z: Tensor, labels: Tensor) -> float:
     z, labels = torch.as_tensor(z), torch.as_tensor(labels)
     labels = labels.to(z.device).unique(return_inverse=True)[1]
     n_classes = int(labels.max()) + 1
-    mu = class_mean(z, labels, n_classes, F.relu)  # (C, d_sae)
+    mu = class_mean(z, labels, n_classes, lambda part: part.float().relu())  # (C, d_sae)
     mu_max = mu.amax(0)
     mu_other = (mu.sum(0) - mu_max) / (n_classes - 1)
     index = (mu_max - mu_other) / (mu_max + mu_other)
@@ -538,6 +540,10 @@ def class_selectivity_index(z: Tensor, labels: Tensor) -> float:
 # === 6. Cycles ====================================================================================
 # for each cycle and arm:
 #     targets = arm(sae, h, y)    fit(net, targets)    sae = train_sae(new h)    measure(net, sae)
+
+
+# An arm is a function (sae, h [N, d_in], y [N], n_classes, top_k) -> targets [N, d_in], or None for
+# no targets; the sae was trained on this h. Each arm continues its own copy of the baseline.
 
 
 def class_mean_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
@@ -550,8 +556,6 @@ def reconstruction_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int
     return sharpened_targets(sae, h, y, n_classes, top_k=len(sae.W_dec))
 
 
-# An arm is a function (sae, h [N, d_in], y [N], n_classes, top_k) -> targets [N, d_in], or None for
-# no targets; the sae was trained on this h. Each arm continues its own copy of the baseline.
 ARMS = {
     "sae-ception": sharpened_targets,
     "control": None,
@@ -571,7 +575,7 @@ def measure(model: nn.Module, layer: str, sae, x: Tensor, y: Tensor) -> dict[str
         "accuracy": (logits.argmax(1) == y).double().mean().item(),
         "adjusted_rand": adjusted_rand_score(z.argmax(1), y),  # of the strongest feature
         "l0": ((z > 0).sum() / len(z)).item(),  # features that fire, per example
-        "dead": (z == 0).all(0).double().mean().item(),  # share of features that never fire
+        "dead": (z == 0).all(0).double().mean().item(),  # share of features that fire for none
         "fvu": ((h - sae.decode(z)).square().sum() / (h - h.mean(0)).square().sum()).item(),
     }
     metrics = {
@@ -581,13 +585,13 @@ def measure(model: nn.Module, layer: str, sae, x: Tensor, y: Tensor) -> dict[str
         "class_selectivity": class_selectivity_index,
         "uncertainty": uncertainty_coefficient,
     }
-    # A unit of h, which has no zero of its own, "fires" above its 75th percentile.
-    h_fires = h > h.kthvalue(3 * (len(h) - 1) // 4 + 1, dim=0).values
+    # A unit of h, which may have no natural zero, "fires" above its 75th percentile.
+    active = h > h.kthvalue(3 * (len(h) - 1) // 4 + 1, dim=0).values
     for name, metric in metrics.items():
         row[name] = row[f"h_{name}"] = math.nan
         if 2 <= len(y.unique()) < len(y):
             row[name] = metric(z, y)
-            row[f"h_{name}"] = metric(h_fires if name == "uncertainty" else h, y)
+            row[f"h_{name}"] = metric(active if name == "uncertainty" else h, y)
     return row
 
 
@@ -601,7 +605,7 @@ def restore(model: nn.Module, state: dict, arm: str) -> tuple[nn.Module, SparseA
 
 
 def saeception(
-    model: nn.Module,  # a classifier; it is not changed
+    model: nn.Module,  # a classifier; its weights are not changed
     layer: str,  # name of the layer whose output is h
     train: tuple[Tensor, Tensor],  # inputs [N, ...] and class numbers [N]
     test: tuple[Tensor, Tensor],
@@ -628,23 +632,28 @@ def saeception(
     do not fit the model, and what `fit` and `train_sae` raise.
     """
     x, y = train
+    sae_settings = {"device": next(model.parameters()).device} | (sae_options or {})
     n_classes = activations(model, layer, x[:2])[1].shape[1]
     for _, labels in (train, test, val or test):
         if labels.is_floating_point() or labels.min() < 0 or labels.max() >= n_classes:
             raise ValueError(f"class numbers have to be whole, from 0 to {n_classes - 1}")
     if arms is None:
         arms = {name: ARMS[name] for name in ("sae-ception", "control")}
-    state = state or {"rows": [], "sae_k": sae_k, "cycle": {}, "models": {}, "saes": {}}
+    state = state or {"rows": [], "sae_k": sae_k, "done": {}, "models": {}, "saes": {}}
+    if state["sae_k"] != sae_k:
+        raise ValueError(f"this state has SAEs with sae_k = {state['sae_k']}")
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
     for cycle, arm in plan:
-        if state["cycle"].get(arm, -1) >= cycle:
-            continue  # done before
-        start, what = time.perf_counter(), f"seed {seed} cycle {cycle} {arm}"
+        if state["done"].get(arm, -1) >= cycle:
+            continue  # in an earlier call
+        start = time.perf_counter()
+        what = f"seed {seed} cycle {cycle} {arm}"
         options, targets = fit_options or {}, None
         if cycle == 0:
             net = copy.deepcopy(model)
             options = options | {"epochs": baseline_epochs}
         else:
+            # The arm's model after its last cycle, and the SAE that was trained on its h.
             net, sae = restore(model, state, "baseline" if cycle == 1 else arm)
             if arms[arm] is not None:
                 h, _ = activations(net, layer, x)
@@ -655,7 +664,7 @@ def saeception(
             fit(net, layer, x, y, targets, weight, progress=show, **common, **options)
             h, _ = activations(net, layer, x)
             show = partial(progress, desc=f"{what}: SAE")
-            sae = train_sae(h, d_sae, sae_k, progress=show, **common, **(sae_options or {}))
+            sae = train_sae(h, d_sae, sae_k, progress=show, **common, **sae_settings)
         except FloatingPointError as error:
             raise FloatingPointError(f"{what}: {error}") from error
         row = {"seed": seed, "cycle": cycle, "arm": arm} | measure(net, layer, sae, *test)
@@ -665,7 +674,7 @@ def saeception(
         state = {  # a new one: a state does not change once it is yielded
             "rows": state["rows"] + [row],
             "sae_k": sae_k,
-            "cycle": state["cycle"] | {arm: cycle},
+            "done": state["done"] | {arm: cycle},
             "models": state["models"] | {arm: net.state_dict()},
             "saes": state["saes"] | {arm: sae.state_dict()},
         }
@@ -696,10 +705,10 @@ def small_cnn(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
     return v2.ToDtype(torch.float32, scale=True), nn.Sequential(layers), "norm"
 
 
-def pixels() -> list[nn.Module]:
-    """uint8 images to what ImageNet's networks want."""
-    normalize = v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    return [v2.ToDtype(torch.float32, scale=True), normalize]
+PIXELS = [  # uint8 images to what ImageNet's networks want
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+]
 
 
 class AttentionHalf(nn.Module):
@@ -714,15 +723,11 @@ class AttentionHalf(nn.Module):
         return x[:, :1] + self.self_attention(y[:, :1], y, y, need_weights=False)[0]
 
 
-class MLPHalf(nn.Module):
-    """The second half of a transformer block, which does not mix tokens."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.ln_2, self.mlp = block.ln_2, block.mlp
+class Residual(nn.Sequential):
+    """x + layers(x), as the second half of a transformer block, which does not mix tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.ln_2(x))
+        return x + super().forward(x)
 
 
 def cifar10_vit(
@@ -745,59 +750,47 @@ def cifar10_vit(
         name = "IMAGENET1K_V1" if arch == "vit_b_32" else "IMAGENET1K_SWAG_E2E_V1"
         url = torchvision.models.get_model_weights(arch)[name].url
     vit.heads = nn.Identity()
-
-    def translate(state):  # without its head, for this image size
-        state = {key: value for key, value in state.items() if not key.startswith("heads.")}
-        return interpolate_embeddings(size, patch, state)
-
-    load_weights(vit, weights, url, translate)
+    load_weights(vit, weights, url, partial(interpolate_embeddings, size, patch))
     last, norm, head = vit.encoder.layers[-1], vit.encoder.ln, nn.Linear(vit.hidden_dim, n_classes)
     nn.init.zeros_(head.weight)  # all classes are equal at the start
     nn.init.zeros_(head.bias)
     vit.encoder.layers[-1], vit.encoder.ln = AttentionHalf(last), nn.Identity()
     resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)
-    model = nn.Sequential(OrderedDict(mlp=MLPHalf(last), ln=norm, head=head))
-    return nn.Sequential(resize, *pixels(), vit), model, "ln"
-
-
-class GRN(nn.Module):
-    """Global response normalization (Woo et al. 2023, arXiv:2301.00808), channels last."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
-        return x + self.gamma * (x * (size / (size.mean(-1, keepdim=True) + 1e-6))) + self.beta
+    mlp = Residual(OrderedDict(ln_2=last.ln_2, mlp=last.mlp))
+    model = nn.Sequential(OrderedDict(mlp=mlp, ln=norm, head=head))
+    return nn.Sequential(resize, *PIXELS, vit), model, "ln"
 
 
 class ConvNeXtV2Block(nn.Module):
-    """torchvision's ConvNeXt block with GRN behind the GELU and without layer scale."""
+    """ConvNeXt's block without layer scale and, behind the GELU, with global response normalization
+    (GRN, Woo et al. 2023, arXiv:2301.00808)."""
 
-    def __init__(self, dim: int, *layer_scale_and_stochastic_depth):
+    def __init__(self, dim: int):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.grn = GRN(4 * dim)
+        zeros = torch.zeros(1, 1, 1, 4 * dim)
+        self.grn = nn.ParameterDict({"gamma": zeros, "beta": zeros.clone()})
         self.pwconv2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
-        y = self.grn(F.gelu(self.pwconv1(y)))
+        y = F.gelu(self.pwconv1(y))
+        size = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
+        response = size / (size.mean(-1, keepdim=True) + 1e-6)
+        y = y + self.grn["gamma"] * (y * response) + self.grn["beta"]
         return x + self.pwconv2(y).permute(0, 3, 1, 2)
 
 
 CONVNEXTV2 = {  # blocks and channels of the four stages
+    "convnextv2_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),  # the paper's
     "convnextv2_atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
     "convnextv2_femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
     "convnextv2_pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
     "convnextv2_nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
     "convnextv2_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
     "convnextv2_base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "convnextv2_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
     "convnextv2_huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
 }
 
@@ -810,62 +803,60 @@ def imagenet_convnext(
     """ConvNeXt V2 (Woo et al. 2023): the trunk ends with the pooling, the model is LayerNorm and
     linear, its layer the LayerNorm. Raises what `load_weights` raises."""
     depths, dims = CONVNEXTV2[arch]
-    stages = [CNBlockConfig(*stage) for stage in zip(dims, (*dims[1:], None), depths, strict=True)]
-    net = ConvNeXt(stages, block=ConvNeXtV2Block, num_classes=1000)
-    head = net.classifier[2]
-    if n_classes is not None:
-        head, net.classifier[2] = nn.Linear(dims[3], n_classes), nn.Identity()
+    down = [nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4), LayerNorm2d(dims[0], eps=1e-6))]
+    for dim in dims[:3]:
+        halve = nn.Conv2d(dim, 2 * dim, 2, stride=2)
+        down.append(nn.Sequential(LayerNorm2d(dim, eps=1e-6), halve))
+    stages = []
+    for depth, dim in zip(depths, dims, strict=True):
+        stages.append(nn.Sequential(*[ConvNeXtV2Block(dim) for _ in range(depth)]))
+    net = nn.Module()  # with the names of the official checkpoints
+    net.downsample_layers, net.stages = nn.ModuleList(down), nn.ModuleList(stages)
+    net.norm, head = nn.LayerNorm(dims[3], eps=1e-6), nn.Linear(dims[3], n_classes or 1000)
+    if n_classes is None:
+        net.head = head
     name = f"im1k/{arch}_1k_224_ema" if depths[2] == 6 else f"im22k/{arch}_22k_384_ema"
     url = f"https://dl.fbaipublicfiles.com/convnext/convnextv2/{name}.pt"
-
-    def translate(state):  # the official names to torchvision's
-        result = {}
-        for key, value in state.items():
-            key = re.sub(r"^downsample_layers\.(\d)", lambda m: f"features.{2 * int(m[1])}", key)
-            key = re.sub(r"^stages\.(\d)", lambda m: f"features.{2 * int(m[1]) + 1}", key)
-            key = re.sub("^head", "classifier.2", re.sub("^norm", "classifier.0", key))
-            if n_classes is None or not key.startswith("classifier.2"):
-                result[key] = value
-        return result
-
-    load_weights(net, weights, url, translate)
-    net = net.to(memory_format=torch.channels_last)
-    norm = nn.LayerNorm(dims[3], eps=1e-6)  # torchvision's takes maps; this one takes vectors
-    norm.load_state_dict(net.classifier[0].state_dict())
-    trunk = nn.Sequential(*pixels(), net.features, net.avgpool, nn.Flatten())
-    return trunk, nn.Sequential(OrderedDict(norm=norm, head=head)), "norm"
+    load_weights(net, weights, url)
+    body = [layer for pair in zip(down, stages, strict=True) for layer in pair]
+    trunk = nn.Sequential(*PIXELS, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(OrderedDict(norm=net.norm, head=head))
+    return trunk.to(memory_format=torch.channels_last), model, "norm"
 
 
-def load_weights(net: nn.Module, weights: str, url: str | None, translate: Callable) -> None:
+def load_weights(net: nn.Module, weights: str, url: str | None, translate: Callable = dict) -> None:
     """Fill `net` from the file `weights`, or, for "auto", from `url`, which torch.hub keeps; leave
     it as it is for "none", and for "auto" without a url. `translate` makes a state dict of `net`
-    from the file's. Raises OSError if they cannot be had or do not fit."""
+    from the file's; a head that `net` lacks is left out. OSError if that fails."""
     if weights == "none" or (weights == "auto" and url is None):
         return
-    try:
+    options = {"map_location": "cpu", "weights_only": True}
+    source, load = weights, torch.load
+    if weights == "auto":
+        source, load = url, torch.hub.load_state_dict_from_url
+        options |= {"check_hash": True, "progress": sys.stderr.isatty()}
+    advice = f"put a whole file of this network to {torch.hub.get_dir()}/checkpoints, or name one "
+    advice += "with --weights PATH; --weights none does without"
+    with explained(f"cannot use the weights {source}", advice):
         # Fine-tuned checkpoints of ConvNeXt-V2's own code hold their arguments, too.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            if weights == "auto":
-                options = {"map_location": "cpu", "weights_only": True, "check_hash": True}
-                live = sys.stderr.isatty()
-                state = torch.hub.load_state_dict_from_url(url, progress=live, **options)
-            else:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = load(source, **options)
         state = state.get("model", state)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        net.load_state_dict(translate(state))
+        state = translate({key.removeprefix("module."): value for key, value in state.items()})
+        for key in state.keys() - net.state_dict().keys():
+            if key.startswith("head"):
+                del state[key]
+        net.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def explained(what: str, advice: str, kind: type = OSError) -> Iterator[None]:
+    """Whatever fails within becomes one sentence: what is wrong (why): what to do."""
+    try:
+        yield
     except Exception as error:  # each kind of damage, and no network, raises a type of its own
-        source, place = weights, weights
-        if weights == "auto":
-            source, place = url, Path(torch.hub.get_dir(), "checkpoints")
-        raise OSError(f"cannot use the weights {source} ({short(error)}): put a whole file of this "
-                      f"network to {place}, or name one with --weights PATH; --weights none does "
-                      "without") from error  # fmt: skip
-
-
-def short(error: Exception) -> str:
-    """The start of an error's message on one line."""
-    return textwrap.shorten(str(error), 200) or type(error).__name__
+        why = textwrap.shorten(str(error), 200) or type(error).__name__
+        raise kind(f"{what} ({why}): {advice}") from error
 
 
 # === 8. Data ======================================================================================
@@ -883,7 +874,7 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     for digit in range(10):
         canvas = Image.new("L", (56, 56))
         ImageDraw.Draw(canvas).text((28, 28), str(digit), fill=255, font=font, anchor="mm")
-        glyphs[digit, 0] = torch.from_numpy(np.array(canvas)) / 255
+        glyphs[digit] = v2.functional.pil_to_tensor(canvas) / 255
     y = torch.randint(10, (n,), generator=generator)
     angle, shear, size = uniform(-0.35, 0.35), uniform(-0.2, 0.2), uniform(0.7, 1.0)
     cos, sin = torch.cos(angle), torch.sin(angle)
@@ -899,23 +890,19 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor, list]:
     """MNIST or CIFAR-10 as torchvision lays it out below root, downloaded if it is not there:
     images, class numbers and class names. OSError, with what to do, if neither is possible."""
-    kind, shape = torchvision.datasets.CIFAR10, (3, 32, 32)
-    if dataset == "mnist":
-        kind, shape = torchvision.datasets.MNIST, (1, 28, 28)
-    try:
+    kinds = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}
+    advice = f"put its whole files into {root}, name their --data-dir, or use --dataset digits"
+    with explained(f"cannot read or download {dataset}", advice):
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            data = kind(str(root), train=train, download=True)
-        images, y = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-        images = images[:, None] if dataset == "mnist" else images.permute(0, 3, 1, 2).contiguous()
-        if len(y) == 0 or images.shape != (len(y), *shape):
-            raise ValueError(f"{len(y)} labels, images {list(images.shape)}")
-    except Exception as error:  # each kind of damage, and no network, raises a type of its own
-        raise OSError(f"cannot read or download {dataset} ({short(error)}): put its whole files "
-                      f"into {root} as torchvision does, name their place with --data-dir, or use "
-                      "--dataset digits, which needs none") from error  # fmt: skip
-    names = data.classes
-    if dataset == "mnist":  # or other images in its format, maybe of more classes
-        names = [str(label) for label in range(max(10, int(y.max()) + 1))]
+            data = kinds[dataset](str(root), train=train, download=True)
+        images, y, names = torch.as_tensor(data.data), torch.as_tensor(data.targets), data.classes
+        if dataset == "mnist":  # or other images in its format, maybe of more classes
+            images = images.view(-1, 1, 28, 28)
+            names = [str(label) for label in range(max(10, int(y.max()) + 1))]
+        else:
+            images = images.permute(0, 3, 1, 2).contiguous()
+        if len(images) != len(y):
+            raise ValueError(f"{len(images)} images, {len(y)} labels")
     return images, y, names
 
 
@@ -923,17 +910,17 @@ def load_folders(root: str | Path, split: str) -> tuple[np.ndarray, Tensor, list
     """Photos in root/split/<class>/, of any kind that Pillow reads, as paths; class numbers and
     names. What is hidden, and macOS's copies, are left out. OSError if a class has none."""
     folder, paths, y = Path(root, split), [], []
-    kinds = Image.registered_extensions().items()
-    endings = {ending for ending, kind in kinds if kind in Image.OPEN}
+    endings = [end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN]
     names = sorted(p.name for p in folder.glob("[!.]*") if p.is_dir() and p.name != "__MACOSX")
-    for number, name in enumerate(names or ["<class>"]):
-        files = sorted(glob.glob("**/*", root_dir=folder / name, recursive=True))
-        files = [str(folder / name / f) for f in files if Path(f).suffix.lower() in endings]
-        if not files:
-            raise OSError(f"no images in {folder / name}: --data-dir needs train/<class>/ and "
-                          "val/<class>/ with images in each")  # fmt: skip
-        paths += files
-        y += [number] * len(files)
+    names = names or ["<class>"]  # which has no images
+    for label, name in enumerate(names):
+        files = sorted(glob.glob("**/*", root_dir=folder / name, recursive=True))  # no hidden ones
+        photos = [str(folder / name / f) for f in files if Path(f).suffix.lower() in endings]
+        if not photos:
+            needs = "--data-dir needs train/<class>/ and val/<class>/ with images in each"
+            raise OSError(f"no images in {folder / name}: {needs}")
+        paths += photos
+        y += [label] * len(photos)
     names = [" ".join(name.split()) for name in names]  # a name may have a line feed
     return np.array(paths, dtype=object), torch.tensor(y), names
 
@@ -951,7 +938,7 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
     if dataset == "digits":
         images, y = render_digits(14_000)
         train, test = (images[:12_000], y[:12_000]), (images[12_000:], y[12_000:])
-        names = [str(digit) for digit in range(10)]
+        names = list("0123456789")
     elif dataset == "imagenet":
         *train, names = load_folders(data_dir, "train")
         *test, test_names = load_folders(data_dir, "val")
@@ -961,16 +948,17 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
     else:
         *train, names = load_torchvision(dataset, data_dir, train=True)
         *test, _ = load_torchvision(dataset, data_dir, train=False)
-    n = len(train[1])
-    n_val = max(1, n // 6 if dataset in ("digits", "mnist") else min(25_000, n // 10))
+    n_val = min(25_000, max(1, len(train[1]) // {"digits": 6, "mnist": 6}.get(dataset, 10)))
     generator = torch.Generator().manual_seed(0)
-    order, test_order = (torch.randperm(len(y), generator=generator) for _, y in (train, test))
-    splits = {}
-    for split, (images, y), index in (
-        ("train", train, order[n_val:]), ("val", train, order[:n_val]), ("test", test, test_order),
-    ):  # fmt: skip
-        splits[split] = images[index[:limit].numpy()], y[index[:limit]]
-    return splits, names
+    order = torch.randperm(len(train[1]), generator=generator).numpy()
+    test_order = torch.randperm(len(test[1]), generator=generator).numpy()
+
+    def chosen(examples, order):
+        images, y = examples
+        return images[order[:limit]], y[order[:limit]]
+
+    train, val = chosen(train, order[n_val:]), chosen(train, order[:n_val])
+    return {"train": train, "val": val, "test": chosen(test, test_order)}, names
 
 
 # === 9. Trunk pass ================================================================================
@@ -986,14 +974,11 @@ def decoded(images: Tensor | np.ndarray, size: int) -> Tensor:
         return images
     photos = []
     for path in images:
-        try:
+        with explained(f"cannot read the image {path}", "mend or replace it"):
             with Image.open(path) as file:
                 if file.mode[0] in "IF":
                     raise ValueError("its values do not fit into 8 bits")
                 photo = file.convert("RGB")
-        except Exception as error:  # each kind of damage raises a type of its own
-            raise OSError(f"cannot read the image {path} ({short(error)}): mend or replace it"
-                          ) from error  # fmt: skip
         if size < 384:
             photo = ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC, bleed=1 / 16)
         else:
@@ -1013,7 +998,7 @@ def checksum(images: Tensor | np.ndarray) -> int:
 def write_whole(path: Path, write: Callable) -> None:
     """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
     part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    try:
+    with explained(f"cannot write {path}", "make room, or name another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
@@ -1023,9 +1008,6 @@ def write_whole(path: Path, write: Callable) -> None:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
-        raise OSError(f"cannot write {path} ({short(error)}): make room, or name another folder"
-                      ) from error  # fmt: skip
 
 
 @torch.no_grad()
@@ -1058,9 +1040,11 @@ def trunk_features(
         except Exception:  # it is missing, or each kind of damage has a type of its own
             x[start] = None
             slices += [slice(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
+    if isinstance(images, Tensor):
+        workers = 0  # there is nothing to decode
     loader = torch.utils.data.DataLoader(
-        images, sampler=slices, batch_size=None, collate_fn=partial(decoded, size=size),
-        num_workers=0 if isinstance(images, Tensor) else min(workers, len(slices)),
+        images, batch_size=None, sampler=slices, num_workers=min(workers, len(slices)),
+        collate_fn=partial(decoded, size=size),
     )  # fmt: skip
     done = []
     for batch, rows in zip(progress(loader), slices, strict=True):
@@ -1071,31 +1055,33 @@ def trunk_features(
             x[start], done = torch.cat(done), []
             if not x[start].isfinite().all():
                 raise FloatingPointError(f"features not finite in {dtype}: are the weights whole?")
-            write_whole(paths[start], lambda file, h=x[start]: np.savez(file, x=h.numpy()))
+            write_whole(paths[start], partial(np.savez, x=x[start].numpy()))
     return torch.cat(list(x.values()) or [torch.empty(0)])  # a share may have no file
 
 
 # === 10. Results ==================================================================================
 # results.json, clusters.png, features.png and checkpoint.pt are written whole or not at all
 
-COLUMNS = {  # of the table: heading and format
-    "seed": ("seed", "4"), "cycle": ("cycle", "6"), "arm": ("arm", "12"),
-    "accuracy": ("acc.", "8.4f"), "silhouette": ("silh.", "7.3f"),
-    "davies_bouldin": ("DB", "7.3f"), "calinski_harabasz": ("CH", "6.0f"),
-    "adjusted_rand": ("ARI", "6.2f"), "uncertainty": ("U", "7.3f"),
-    "class_selectivity": ("sel.", "6.2f"), "l0": ("L0", "6.1f"), "dead": ("dead", "6.2f"),
-    "fvu": ("FVU", "7.3f"), "h_silhouette": ("h silh", "7.3f"),
-    "h_davies_bouldin": ("h DB", "7.3f"), "h_uncertainty": ("h U", "7.3f"),
-    "h_class_selectivity": ("h sel", "6.2f"), "seconds": ("s", "5.0f"),
+COLUMNS = {  # of the table: heading, width and format
+    "seed": ("seed", 4, ""), "cycle": ("cycle", 6, ""), "arm": ("arm", 12, ""),
+    "accuracy": ("acc.", 8, ".4f"), "silhouette": ("silh.", 7, ".3f"),
+    "davies_bouldin": ("DB", 7, ".3f"), "calinski_harabasz": ("CH", 6, ".0f"),
+    "adjusted_rand": ("ARI", 6, ".2f"), "uncertainty": ("U", 7, ".3f"),
+    "class_selectivity": ("sel.", 6, ".2f"), "l0": ("L0", 6, ".1f"), "dead": ("dead", 6, ".2f"),
+    "fvu": ("FVU", 7, ".3f"), "h_silhouette": ("h silh", 7, ".3f"),
+    "h_davies_bouldin": ("h DB", 7, ".3f"), "h_uncertainty": ("h U", 7, ".3f"),
+    "h_class_selectivity": ("h sel", 6, ".2f"), "seconds": ("s", 5, ".0f"),
 }  # fmt: skip
 
 
 def table(rows: list[dict], heading: bool = True) -> str:
     """The rows of a state as text, 120 columns wide."""
-    lines = ["".join(f"{row[key]:>{form}}" for key, (_, form) in COLUMNS.items()) for row in rows]
+    lines = []
     if heading:
-        widths = [(name, form.partition(".")[0]) for name, form in COLUMNS.values()]
-        lines.insert(0, "".join(f"{name:>{width}}" for name, width in widths))
+        lines.append("".join(f"{name:>{width}}" for name, width, _ in COLUMNS.values()))
+    for row in rows:
+        cells = [f"{row[key]:>{width}{form}}" for key, (_, width, form) in COLUMNS.items()]
+        lines.append("".join(cells))
     return "\n".join(lines)
 
 
@@ -1106,19 +1092,20 @@ def summary(rows: list[dict]) -> str:
     for row in rows:
         group = groups.setdefault((row["cycle"], row["arm"]), {})
         group[row["seed"]] = np.array([row[key] for key in keys])
-    lines = {name: list(group.values()) for name, group in groups.items() if len(group) > 1}
-    for (cycle, arm), group in groups.items():
+    for cycle, arm in list(groups):
         control = groups.get((cycle, "control"), {})
-        if arm == "sae-ception" and control.keys() >= group.keys():
-            lines[cycle, "difference"] = [group[seed] - control[seed] for seed in group]
+        if arm == "sae-ception" and control:
+            ours = groups[cycle, arm]
+            groups[cycle, "difference"] = {s: ours[s] - control[s] for s in ours if s in control}
     result = []
-    for (cycle, arm), values in lines.items():
-        statistics = {"mean": np.mean(values, axis=0)}
+    for (cycle, arm), group in groups.items():
+        values, name = list(group.values()), {"cycle": cycle, "arm": arm}
+        if len(values) > 1 or arm == "difference":
+            mean = zip(keys, np.mean(values, axis=0), strict=True)
+            result.append({"seed": "mean"} | name | dict(mean))
         if len(values) > 1:
-            statistics["std"] = np.std(values, axis=0, ddof=1)
-        for name, numbers in statistics.items():
-            numbers = dict(zip(keys, numbers, strict=True))
-            result.append({"seed": name, "cycle": cycle, "arm": arm} | numbers)
+            std = zip(keys, np.std(values, axis=0, ddof=1), strict=True)
+            result.append({"seed": "std"} | name | dict(std))
     return table(result) if result else ""
 
 
@@ -1130,8 +1117,8 @@ def palette(n: int) -> list[str]:
 def draw_clusters(panels: dict[str, Tensor], y: Tensor, names: list[str]) -> Image.Image:
     """A panel per title: features z [N, d_sae] on their first two principal components, coloured
     by class y [N], and a legend of at most 20 classes."""
-    side, font, colours = 480, ImageFont.load_default(size=18), palette(len(names))
-    image = Image.new("RGB", (side * len(panels), side + 80), "white")
+    font, colours = ImageFont.load_default(size=18), palette(len(names))
+    image = Image.new("RGB", (480 * len(panels), 560), "white")
     draw = ImageDraw.Draw(image)
     for panel, (title, z) in enumerate(panels.items()):
         z = z.float().cpu()
@@ -1139,14 +1126,15 @@ def draw_clusters(panels: dict[str, Tensor], y: Tensor, names: list[str]) -> Ima
         axes = torch.pca_lowrank(z, q=min(6, *z.shape), niter=4)[2][:, :2]
         points = (z - z.mean(0)) @ axes
         low, high = points.quantile(torch.tensor([0.002, 0.998]), dim=0)  # no single far point
-        points = ((points - low) / (high - low).clamp_min(1e-9)).clamp(0, 1) * (side - 40)
-        points += torch.tensor([panel * side + 20, 60])
-        draw.text((panel * side + 20, 10), title, fill="black", font=font)
-        for (u, v), label in zip(points.tolist(), y.tolist(), strict=True):
-            draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=colours[label])
+        points = ((points - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+        left = 480 * panel + 20
+        draw.text((left, 10), title, fill="black", font=font)
+        for (u, v), label in zip((440 * points).tolist(), y.tolist(), strict=True):
+            box = (left + u - 2, 60 + v - 2, left + u + 2, 60 + v + 2)
+            draw.ellipse(box, fill=colours[label])
     left = 20
     for name, colour in zip(names[:20], colours, strict=False):
-        draw.text((left, side + 50), name, fill=colour, font=font)
+        draw.text((left, 530), name, fill=colour, font=font)
         left += 25 + draw.textlength(name, font=font)
     return image
 
@@ -1155,30 +1143,23 @@ def draw_features(z: Tensor, images, y: Tensor, z_mean: Tensor, names, size: int
     """A line for each of the first 20 classes: its three features with the largest class mean
     (z_mean [n_classes, d_sae]), each as the eight images [N, C, H, W] with the largest z
     [N, d_sae], framed in the colour of their own class y [N]."""
-    side, font, colours, z_mean = (
-        52,
-        ImageFont.load_default(size=15),
-        palette(len(names)),
-        z_mean[:20],
-    )
-    canvas = Image.new("RGB", (10 + 3 * (8 * side + 20), 10 + len(z_mean) * (side + 46)), "white")
+    font, colours, z_mean = ImageFont.load_default(size=15), palette(len(names)), z_mean[:20]
+    canvas = Image.new("RGB", (1318, 10 + 98 * len(z_mean)), "white")
     draw = ImageDraw.Draw(canvas)
     for c, features in enumerate(z_mean.topk(min(3, z_mean.shape[1])).indices.tolist()):
-        top = 5 + c * (side + 46)
+        top = 5 + 98 * c
         draw.text((10, top), f"class {names[c]}", fill=colours[c], font=font)
         for column, feature in enumerate(features):
-            if z_mean[c, feature] == 0:  # the class does not use it
+            mean, left = z_mean[c, feature], 10 + 436 * column
+            if mean == 0:  # the class does not use it
                 continue
-            left, text = 10 + column * (8 * side + 20), f"mean {z_mean[c, feature]:.2f}"
-            draw.text((left, top + 20), f"feature {feature}, {text}", fill="black", font=font)
+            text = f"feature {feature}, mean {mean:.2f}"
+            draw.text((left, top + 20), text, fill="black", font=font)
             strongest = z[:, feature].topk(min(8, len(z))).indices.cpu()
-            photos = decoded(images[strongest.numpy()], size)
-            for i, photo in zip(strongest.tolist(), photos, strict=True):
-                frame = (left, top + 41, left + side - 3, top + 38 + side)
-                draw.rectangle(frame, fill=colours[int(y[i])])
-                photo = v2.functional.to_pil_image(photo).convert("RGB")
-                canvas.paste(photo.resize((side - 8, side - 8)), (left + 3, top + 44))
-                left += side
+            for i, photo in enumerate(decoded(images[strongest.numpy()], size)):
+                photo = v2.functional.to_pil_image(photo).convert("RGB").resize((44, 44))
+                photo = ImageOps.expand(photo, 3, fill=colours[y[strongest[i]]])
+                canvas.paste(photo, (left + 52 * i, top + 41))
     return canvas
 
 
@@ -1186,36 +1167,31 @@ def draw_run(folder: Path, model, layer: str, splits: dict, images, names, state
     """Both pictures: clusters of the baseline and of each arm, features of the first arm. `splits`
     are the model's inputs and class numbers, `images` the test set's."""
     (x_train, y_train), (x_test, y_test), panels = splits["train"], splits["test"], {}
-    arms = list(state["models"])  # the baseline and all others
-    featured = arms[0]
-    if len(arms) > 1:
-        featured = arms[1]
-    for arm in arms:
+    for arm in state["models"]:  # the baseline is the first
         net, sae = restore(model, state, arm)
         z = sae.encode(activations(net, layer, x_test)[0])
         score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
         panels[f"{arm}: silhouette {score:.3f}"] = z[:5000]
-        if arm == featured:
+        if len(panels) <= 2:  # the first arm's picture takes the place of the baseline's
             h, _ = activations(net, layer, x_train)
             z_mean = class_mean(h, y_train, len(names), sae.encode).cpu()
             picture = draw_features(z, images, y_test.cpu(), z_mean, names, size)
-            write_whole(folder / "features.png", lambda file, p=picture: p.save(file, "PNG"))
+            write_whole(folder / "features.png", partial(picture.save, format="PNG"))
     picture = draw_clusters(panels, y_test[:5000].cpu(), names)
-    write_whole(folder / "clusters.png", lambda file: picture.save(file, "PNG"))
+    write_whole(folder / "clusters.png", partial(picture.save, format="PNG"))
 
 
 def save_run(folder: Path, config: dict, saved: dict) -> None:
     """checkpoint.pt, from which --resume goes on, and results.json, where nan and inf are null."""
-    write_whole(folder / "checkpoint.pt", lambda file: torch.save({"config": config} | saved, file))
-    environment = {m.__name__: str(m.__version__) for m in (torch, torchvision, np)}
+    write_whole(folder / "checkpoint.pt", partial(torch.save, {"config": config} | saved))
+    environment = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     environment |= {"python": platform.python_version(), "machine": platform.platform()}
     environment |= {"threads": torch.get_num_threads(), "gpu": None}
     if config["device"] == "cuda":
         environment["gpu"] = torch.cuda.get_device_name()
     rows = [row for state in saved["states"].values() for row in state["rows"]]
-    rows = [{k: None if str(v) in ("nan", "inf") else v for k, v in row.items()} for row in rows]
-    results = {"config": config, "environment": environment, "rows": rows}
-    text = json.dumps(results, indent=1, allow_nan=False)
+    rows = json.loads(json.dumps(rows), parse_constant=lambda name: None)  # nan and inf
+    text = json.dumps({"config": config, "environment": environment, "rows": rows}, indent=1)
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
 
 
@@ -1223,16 +1199,19 @@ def show_progress(steps, desc: str, size: int = 1, unit: str = "steps") -> Itera
     """Rate and time left on stderr; where that is no terminal, one line when it is done. A step is
     `size` units."""
     start = shown = time.perf_counter()
-    live = sys.stderr.isatty()
+    terminal, line_start = sys.stderr.isatty(), ""
+    if terminal:
+        line_start = "\r\033[K"  # to the start of the line, which is wiped
     for done, step in enumerate(steps, 1):
         yield step
-        now, left = time.perf_counter(), len(steps) - done
-        if left == 0 or (live and now - shown > 0.2):
-            shown, rate = now, done / (now - start)
-            text = f"{desc}: {done}/{len(steps)}, {rate * size:.3g} {unit}/s, "
-            text += f"{left / rate:.0f} s left" if left else "done"
-            text = f"\r{text:<79}" if live else text
-            print(text, end="" if left else "\n", file=sys.stderr, flush=True)
+        now = time.perf_counter()
+        rate, left = done / (now - start), len(steps) - done
+        text = f"{line_start}{desc}: {done}/{len(steps)}, {rate * size:.3g} {unit}/s"
+        if left == 0:
+            print(f"{text}, done", file=sys.stderr, flush=True)
+        elif terminal and now - shown > 0.2:
+            print(f"{text}, {left / rate:.0f} s left", end="", file=sys.stderr, flush=True)
+            shown = now
 
 
 # === 11. Command line =============================================================================
@@ -1241,7 +1220,7 @@ ARCHS = {  # of each data set, its default first
     "digits": ["cnn", "mlp"],
     "mnist": ["mlp", "cnn"],
     "cifar10": ["vit_h_14", "vit_l_16", "vit_b_16", "vit_b_32", "vit_tiny"],
-    "imagenet": ["convnextv2_large", *(name for name in CONVNEXTV2 if name[11:] != "large")],
+    "imagenet": list(CONVNEXTV2),
 }
 
 
@@ -1258,62 +1237,59 @@ def number(kind: type, low: float) -> Callable:
 
 
 def make_parser(setting: str) -> argparse.ArgumentParser:
-    """The table of all options. `setting` says which defaults hold: mlp, cnn, vit, vit_tiny,
-    convnext, or folders, which is ConvNeXt for other classes than ImageNet's."""
+    """The table of all options. `setting` decides on the defaults: a network of ARCHS, or
+    convnext_own for other classes than ImageNet's. One for "vit" is for all networks whose names
+    start so; of two that fit, the last holds."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 
     def error(message):  # `main` prints it on one line; argparse would print its usage first
         raise ValueError(message)
 
     def option(name, kind, default, meaning, nargs=None, **others):
-        values = [str(default)] + [f"{value} for {key}" for key, value in others.items()]
-        text, rule = f"{meaning} (default: {', '.join(values)})", {"type": kind}
+        text, rule = f"{meaning} (default: {default}", {"type": kind}
         if isinstance(kind, list):
             rule = {"choices": kind}
-        default = others.get(setting, default)
-        parser.add_argument(f"--{name}", default=default, nargs=nargs, help=text, **rule)
+        for key, value in others.items():
+            text += f", {value} for {key}"
+            if setting.startswith(key):
+                default = value
+        parser.add_argument(f"--{name}", default=default, nargs=nargs, help=f"{text})", **rule)
 
     parser.error = error
-    place, natural, positive = os.path.expanduser, number(int, 0), number(int, 1)
+    path, amount = os.path.expanduser, number(float, 0)
+    natural, positive = number(int, 0), number(int, 1)
     # Name, type or choices, default, meaning, and where the default is another one. Those of mlp
     # and cnn are chosen on validation images; for ViT-H and ConvNeXt-V2, top-k, d-sae and epochs
     # are the paper's, the rest is not tuned.
     # fmt: off
     option("dataset", list(ARCHS), "digits", "digits are rendered, nothing is downloaded")
     option("cycles", natural, 3, "rounds of SAE, sharpen, train, measure")
-    option("data-dir", place, "data", "where data sets lie or are downloaded to")
-    option("out-dir", place, "runs", "where each run makes its folder")
-    option("cache-dir", place, None, "keeps the trunk's features; None: DATA_DIR/features")
-    archs = "; ".join(f"{name}: {', '.join(archs)}" for name, archs in ARCHS.items())
-    option("arch", str, None, f"network; None: the first of the data set's: {archs}")
+    option("data-dir", path, "data", "where data sets lie or are downloaded to")
+    option("out-dir", path, "runs", "where each run makes its folder")
+    option("cache-dir", path, None, "keeps the trunk's features; None: DATA_DIR/features")
+    option("arch", str, None, f"network; None: the first of the data set's, {ARCHS}")
     option("image-size", positive, 384, "side of the images of ViT and ConvNeXt", vit_tiny=32)
-    option("weights", place, "auto", "of ViT and ConvNeXt: auto (downloaded), none, or a path")
-    option("tune", ["last", "all"], "all", "train what is behind the trunk, or the trunk too",
-           vit="last", convnext="last", folders="last")
-    option("layer", str, "norm", "name of the layer whose output is h", mlp="relu1", vit="ln",
-           vit_tiny="ln")
+    option("weights", path, "auto", "of ViT and ConvNeXt: auto (downloaded), none, or a path")
+    option("tune", ["last", "all"], "all", "train what is behind the trunk, or the trunk, too",
+           vit="last", vit_tiny="all", convnext="last")
+    option("layer", str, "norm", "name of the layer whose output is h", mlp="relu1", vit="ln")
     option("top-k", positive, 25, "features that each class keeps")
-    option("aux-weight", number(float, 0), 1.0, "weight of the auxiliary loss at the start of each "
-           "cycle; it falls to zero", vit=0.3, vit_tiny=0.3, convnext=0.3, folders=0.3)
+    option("aux-weight", amount, 1.0, "of the auxiliary loss; it falls to 0", vit=0.3, convnext=0.3)
     option("aux-loss", ["mse", "cosine"], "mse", "distance between h and its target")
     option("sae", ["l1", "topk"], "l1", "what makes the SAE sparse")
-    option("d-sae", number(int, 2), 512, "features of the SAE", mlp=256, vit=5120, convnext=6144,
-           folders=6144)
-    option("l1", number(float, 0), 1.0, "weight of the L1 norm of z, for --sae l1", mlp=0.1,
-           vit_tiny=0.3)
-    option("sae-k", positive, 32, "active features per example, for --sae topk", mlp=8, cnn=16,
-           vit_tiny=16)
-    option("baseline-epochs", natural, 8, "of the classifier before the first cycle; 0: it is "
-           "trained already", vit=3, vit_tiny=20, convnext=0, folders=20)
-    option("epochs", positive, 3, "of the classifier in each cycle", cnn=2, mlp=8, convnext=1,
-           folders=20)
-    option("sae-epochs", positive, 10, "of each SAE", vit=5, vit_tiny=20, convnext=1, folders=1)
+    option("d-sae", number(int, 2), 512, "features of the SAE",
+           mlp=256, vit=5120, vit_tiny=512, convnext=6144)
+    option("l1", amount, 1.0, "weight of the L1 norm of z, for --sae l1", mlp=0.1, vit_tiny=0.3)
+    option("sae-k", positive, 32, "active features, with --sae topk", mlp=8, cnn=16, vit_tiny=16)
+    option("baseline-epochs", natural, 8, "of the classifier at first; 0: it is trained already",
+           vit=3, vit_tiny=20, convnext=0, convnext_own=20)
+    option("epochs", positive, 3, "in each cycle", cnn=2, mlp=8, convnext=1, convnext_own=20)
+    option("sae-epochs", positive, 10, "of each SAE", vit=5, vit_tiny=20, convnext=1)
     option("sae-min-steps", natural, 1000, "of each SAE: more epochs where images are few")
     option("batch-size", positive, 64, "of the classifier and of the trunk", mlp=128)
-    option("lr", number(float, 1e-12), 1e-3, "learning rate of the classifier", cnn=5e-4, mlp=2e-3,
-           vit=1e-4, convnext=1e-4)
-    option("augment", ["none", "flip-crop"], "none", "change images at random, with --tune all",
-           vit="flip-crop", vit_tiny="flip-crop")
+    option("lr", number(float, 1e-12), 1e-3, "learning rate of the classifier",
+           cnn=5e-4, mlp=2e-3, vit=1e-4, vit_tiny=1e-3, convnext=1e-4, convnext_own=1e-3)
+    option("augment", ["none", "flip-crop"], "none", "at random, with --tune all", vit="flip-crop")
     option("precision", ["auto", "float32", "bfloat16"], "auto", "of products in trunk and SAEs; "
            "auto: bfloat16 with --tune last where the machine is fast at it")
     option("seeds", natural, [0], "one run each", nargs="+")
@@ -1321,8 +1297,7 @@ def make_parser(setting: str) -> argparse.ArgumentParser:
     option("limit", positive, None, "examples of each split, chosen at random; None: all")
     option("device", ["auto", "cpu", "cuda", "mps"], "auto", "auto: cuda, or cpu without it")
     option("workers", natural, None, "processes that decode photos; None: one for each core")
-    option("resume", place, None, "go on with the run in this folder; more --cycles, --seeds or "
-           "--arms than before are added")
+    option("resume", path, None, "folder of a run to go on with; cycles, seeds, arms can be added")
     # fmt: on
     return parser
 
@@ -1331,51 +1306,48 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, dict]:
     """The settings, and what is saved of the run: its "states", by seed, and "checksums" of the
     data. ValueError if the settings are wrong or do not go together."""
     first = make_parser("").parse_args(argv)  # the data set and --arch decide on the defaults
-    archs, train = ARCHS[first.dataset], Path(first.data_dir, "train")
-    arch = first.arch or archs[0]
-    setting = arch if arch in ("mlp", "cnn", "vit_tiny") else "vit"
-    if first.dataset == "imagenet":
-        whole = is_imagenet([place.name for place in train.glob("[!.]*")])
-        setting = "convnext" if whole else "folders"
+    setting = first.arch or ARCHS[first.dataset][0]
+    folders = [folder.name for folder in Path(first.data_dir, "train").glob("[!.]*")]
+    if first.dataset == "imagenet" and not is_imagenet(folders):
+        setting = "convnext_own"
     parser, saved, before = make_parser(setting), {"states": {}}, {}
     if first.resume:
-        try:
+        what = f"--resume: {first.resume} is no run folder"
+        with explained(what, "it needs a whole checkpoint.pt of this version", ValueError):
             path = Path(first.resume, "checkpoint.pt")
             saved = torch.load(path, map_location="cpu", weights_only=True)
             before = saved.pop("config")
             if before.keys() != vars(first).keys():
-                raise KeyError("it is of another version")
-        except Exception as error:  # each kind of damage raises a type of its own
-            raise ValueError(f"--resume: {first.resume} is no run folder: it has no readable "
-                             f"checkpoint.pt ({short(error)})") from error  # fmt: skip
-        arch = first.arch or before["arch"]
-        archs = ARCHS[before["dataset"]]
+                raise ValueError("other options")
         parser.set_defaults(**before)
-    config = vars(parser.parse_args(argv)) | {"arch": arch}
+    config = vars(parser.parse_args(argv))
+    archs = ARCHS[config["dataset"]]
+    config["arch"] = config["arch"] or archs[0]
+    if config["arch"] not in archs:
+        raise ValueError(f"--arch {config['arch']}: for this --dataset choose {', '.join(archs)}")
     for key in ("seeds", "arms"):  # each once, those of before first
         config[key] = list(dict.fromkeys(before.get(key, []) + config[key]))
-    free = {"cycles", "seeds", "arms", "device", "workers", "data_dir", "out_dir", "cache_dir"}
-    for key in before.keys() - free - {"resume"}:
-        if config[key] != before[key]:
-            name = "--" + key.replace("_", "-")
-            raise ValueError(f"--resume: {first.resume} was run with {name} {before[key]}; leave "
-                             f"{name} out")  # fmt: skip
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    free = {"cycles", "seeds", "arms", "device", "workers", "resume"}
+    free |= {"data_dir", "out_dir", "cache_dir"}
+    for key, value in before.items():
+        if key not in free and config[key] != value:
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(f"--resume: it was run with {flag} {value}; leave {flag} out")
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if config["device"] == "auto":
-        config["device"] = "cuda" if found["cuda"] else "cpu"
-    if not found.get(config["device"], True):
+        config["device"] = "cuda" if has["cuda"] else "cpu"
+    if not has[config["device"]]:
         raise ValueError(f"--device {config['device']}: torch finds none here; use --device cpu")
     if config["precision"] == "auto":  # CUDA and CPUs with AMX have matrix units for bfloat16
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
-        amx = config["device"] == "cpu" and capabilities.get("amx_bf16", False)
-        fast = config["tune"] == "last" and (config["device"] == "cuda" or amx)
-        config["precision"] = "bfloat16" if fast else "float32"
-    for key in ["top_k", "sae_k"] if config["sae"] == "topk" else ["top_k"]:
-        if config[key] > config["d_sae"]:
-            name = "--" + key.replace("_", "-")
-            raise ValueError(f"{name} {config[key]} is over --d-sae {config['d_sae']}")
-    if arch not in archs:
-        raise ValueError(f"--arch {arch} is not for this --dataset; choose {', '.join(archs)}")
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+        fast = config["device"] == "cuda" or cpu.get("amx_bf16", False)
+        config["precision"] = "bfloat16" if fast and config["tune"] == "last" else "float32"
+    if config["sae"] == "l1":
+        config["sae_k"] = None
+    elif config["sae_k"] > config["d_sae"]:
+        raise ValueError(f"--sae-k {config['sae_k']} is over --d-sae {config['d_sae']}")
+    if config["top_k"] > config["d_sae"]:
+        raise ValueError(f"--top-k {config['top_k']} is over --d-sae {config['d_sae']}")
     if config["dataset"] == "imagenet" and config["tune"] == "all":
         raise ValueError("--tune all keeps all images in memory: not for --dataset imagenet")
     return config, saved
@@ -1385,15 +1357,16 @@ def build(config: dict, names: list[str], seed: int) -> tuple[nn.Module, nn.Modu
     """Trunk and model. With --tune all the trunk is a part of the model."""
     # Cached features serve all seeds: these differ, then, in the batches and the SAEs alone.
     torch.manual_seed(seed if config["tune"] == "all" else 0)
-    arch, weights = config["arch"], config["weights"]
+    arch, weights, n_classes = config["arch"], config["weights"], len(names)
     if arch == "mlp":
-        trunk, model, _ = mnist_mlp(len(names))
+        trunk, model, _ = mnist_mlp(n_classes)
     elif arch == "cnn":
-        trunk, model, _ = small_cnn(len(names))
+        trunk, model, _ = small_cnn(n_classes)
     elif arch.startswith("vit"):
-        trunk, model, _ = cifar10_vit(arch, config["image_size"], len(names), weights)
+        trunk, model, _ = cifar10_vit(arch, config["image_size"], n_classes, weights)
+    elif is_imagenet(names):
+        trunk, model, _ = imagenet_convnext(arch, None, weights)
     else:
-        n_classes = None if is_imagenet(names) else len(names)
         trunk, model, _ = imagenet_convnext(arch, n_classes, weights)
     if config["tune"] == "all":
         model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
@@ -1403,24 +1376,26 @@ def build(config: dict, names: list[str], seed: int) -> tuple[nn.Module, nn.Modu
 
 def cached_splits(config: dict, trunk: nn.Module, splits: dict, share=(0, 1)) -> dict:
     """The splits with the trunk's features for images, from --cache-dir or computed."""
-    about = [config[name] for name in ("arch", "image_size", "weights", "precision")]
+    about = [config[key] for key in ("arch", "image_size", "weights", "precision")]
     if config["weights"] not in ("auto", "none"):
         file = os.stat(config["weights"])
         about += [os.path.abspath(config["weights"]), file.st_size, file.st_mtime_ns]
     name = f"{config['dataset']}-{config['arch']}-{zlib.crc32(json.dumps(about).encode()):08x}"
     folder = Path(config["cache_dir"] or Path(config["data_dir"], "features"), name)
-    options = {name: config[name] for name in ("device", "batch_size", "workers")}
+    options = {key: config[key] for key in ("device", "batch_size", "workers")} | {"share": share}
     options |= {"size": config["image_size"], "bfloat16": config["precision"] == "bfloat16"}
     if config["workers"] is None:
-        usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count()))(0)
-        options["workers"] = max(1, len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):  # those that this process may use
+            cores = len(os.sched_getaffinity(0))
+        options["workers"] = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     if len(splits["train"][1]) > 200_000:
         options["dtype"] = torch.float16  # ImageNet: 4 GB, not 8
     trunk, result = trunk.to(config["device"]).eval().requires_grad_(False), {}
+    show = partial(show_progress, unit="images", size=config["batch_size"])
     for split, (images, y) in splits.items():
-        show = partial(show_progress, desc=f"trunk, {split} split", unit="images")
-        show = partial(show, size=config["batch_size"])
-        x = trunk_features(trunk, images, folder, share=share, progress=show, **options)
+        progress = partial(show, desc=f"trunk, {split} split")
+        x = trunk_features(trunk, images, folder, progress=progress, **options)
         result[split] = x, y
     return result
 
@@ -1429,70 +1404,70 @@ def run(config, folder, saved, splits, names, network, rank: int, world: int) ->
     """Every seed, from where `saved` stands: prints the table, fills the folder."""
     (trunk, model), images = network, splits["test"][0]
     device, layer, tune_all = config["device"], config["layer"], config["tune"] == "all"
-    if not tune_all and world > 1:
-        cached_splits(config, trunk, splits, share=(rank, world))
-        dist.barrier()
-        dist.destroy_process_group()  # the rest is small, and the first process does it alone
+    if not tune_all:
+        if world > 1:
+            cached_splits(config, trunk, splits, share=(rank, world))
+            dist.barrier()
+            dist.destroy_process_group()  # the rest is small, and the first process does it alone
         if rank > 0:
             return
-    if not tune_all:
         splits = cached_splits(config, trunk, splits)
     # h and the targets are as large as x, and all of them have to fit.
     if device != "cuda" or splits["train"][0].nbytes < torch.cuda.mem_get_info()[0] / 8:
         splits = {split: (x.to(device), y.to(device)) for split, (x, y) in splits.items()}
-    fit_options = {name: config[name] for name in ("aux_loss", "epochs", "batch_size", "lr")}
+    shown = {"progress": show_progress} if rank == 0 else {}
+    fit_options = {key: config[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
     if tune_all and config["augment"] == "flip-crop":
         fit_options["augment"] = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(32, 4)])
     sae_options = {"l1": config["l1"], "epochs": config["sae_epochs"], "device": device}
     sae_options["min_steps"] = config["sae_min_steps"]
     sae_options["bfloat16"] = config["precision"] == "bfloat16"
     rows = [row for state in saved["states"].values() for row in state["rows"]]
-    print(table(rows), flush=True)
+    if rank == 0:
+        print(table(rows), flush=True)
     for seed in config["seeds"]:
         if tune_all:
             _, model = build(config, names, seed)
         for state in saeception(
-            model.to(device), layer, splits["train"], splits["test"], config["d_sae"],
-            sae_k=config["sae_k"] if config["sae"] == "topk" else None,
+            model.to(device), layer, **splits, d_sae=config["d_sae"], sae_k=config["sae_k"],
             top_k=config["top_k"], weight=config["aux_weight"], cycles=config["cycles"],
-            arms={arm: ARMS[arm] for arm in config["arms"]}, val=splits["val"],
-            baseline_epochs=config["baseline_epochs"], fit_options=fit_options,
-            sae_options=sae_options, seed=seed, state=saved["states"].get(seed),
-            progress=show_progress if rank == 0 else lambda steps, desc: steps,
+            arms={arm: ARMS[arm] for arm in config["arms"]}, fit_options=fit_options,
+            baseline_epochs=config["baseline_epochs"], sae_options=sae_options, seed=seed,
+            state=saved["states"].get(seed), **shown,
         ):  # fmt: skip
             saved["states"][seed] = state
             rows.append(state["rows"][-1])
-            print(table(rows[-1:], heading=False), flush=True)
             if rank == 0:
+                print(table(rows[-1:], heading=False), flush=True)
                 save_run(folder, config, saved)
-        if rank == 0 and seed == config["seeds"][0]:
-            state = saved["states"][seed]
-            draw_run(folder, model, layer, splits, images, names, state, config["image_size"])
-    print(summary(rows))
+    if rank == 0:
+        print(summary(rows))
+        state, size = saved["states"][config["seeds"][0]], config["image_size"]
+        draw_run(folder, model, layer, splits, images, names, state, size)
+        print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
 
 
 def new_folder(config: dict) -> Path:
     """A folder of its own for a run."""
-    name = f"{config['dataset']}-{datetime.now():%Y%m%d-%H%M%S}"
-    for n in range(1, 1000):
-        folder = Path(config["out_dir"], name if n == 1 else f"{name}-{n}")
-        with contextlib.suppress(FileExistsError):
+    folder = Path(config["out_dir"], f"{config['dataset']}-{datetime.now():%Y%m%d-%H%M%S}")
+    while True:
+        try:
             folder.mkdir(parents=True)
             return folder
-    raise OSError(f"cannot make a folder in {config['out_dir']}: name another with --out-dir")
+        except FileExistsError:  # that of another run of this second
+            folder = folder.with_name(f"{folder.name}-2")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a bad argument, 1 another foreseen error, 130 interrupted."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # the caller may have closed it
-    folder, world = None, int(os.environ.get("WORLD_SIZE") or 1)  # set by torchrun
-    rank, local = (int(os.environ[name]) if world > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
+    folder, rank, local, world = None, 0, 0, int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1:  # under torchrun
+        rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     try:
         config, saved = parse_arguments(argv)
         if config["arch"] in ("mlp", "cnn") and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(
-                1
-            )  # threads of small networks wait for each other most of the time
+            torch.set_num_threads(1)  # the threads of small networks mostly wait for each other
         if config["device"] == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
             torch.cuda.set_device(local)
@@ -1507,30 +1482,24 @@ def main(argv: list[str] | None = None) -> int:
             dist.barrier()
         checksums = [[checksum(images), zlib.crc32(y.numpy())] for images, y in splits.values()]
         if saved["states"] and saved["checksums"] != checksums:
-            place = config["data_dir"]
-            raise ValueError(f"--resume: the images in {place} are not those of the run")
+            raise ValueError(f"--resume: images in {config['data_dir']} are not those of the run")
         saved["checksums"] = checksums
         if rank == 0:
             folder = Path(config["resume"]) if config["resume"] else new_folder(config)
             save_run(folder, config, saved)  # --resume works from here on
-        with contextlib.redirect_stdout(open(os.devnull, "w") if rank > 0 else sys.stdout):
-            run(config, folder, saved, splits, names, network, rank, world)
-        if rank == 0:
-            print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
+        run(config, folder, saved, splits, names, network, rank, world)
         return 0
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        lines = str(error).strip().split("\n")
-        reason, status, hint = lines[0], 1, f"go on with: python saeception.py --resume {folder}"
-        if reason.startswith("Caught"):  # by a process that decodes photos: its traceback follows
-            reason = lines[-1].removeprefix("OSError: ")
+        # What a process that decodes photos raises has its message behind its traceback.
+        reason, status = str(error).strip().split("\n")[-1].removeprefix("OSError: "), 1
         if isinstance(error, ValueError):
             status = 2
         elif isinstance(error, KeyboardInterrupt):
             reason, status = "interrupted", 130
-        if isinstance(error, ValueError | FloatingPointError):  # going on would come to the same
-            hint = f"what is finished is in {folder}"
-        if folder is not None:
-            reason = f"{reason}; {hint}"
+        if folder is not None and isinstance(error, OSError | KeyboardInterrupt):
+            reason += f"; go on with: python saeception.py --resume {folder}"
+        elif folder is not None:  # going on would come to the same
+            reason += f"; what is finished is in {folder}"
         if rank == 0 or status == 1:  # a bad argument is the same for all
             start = "\n" if sys.stderr.isatty() else ""  # behind the progress
             print(f"{start}saeception.py: error: {reason}", file=sys.stderr)
