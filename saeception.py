@@ -18,6 +18,9 @@ it is in this file:
 These sections are the method; they use only torch and nothing below them. Sections 7 to 11 run it
 on the paper's networks and data. What departs from the paper is marked "ours".
 
+Result of `python saeception.py --seeds 0 1 2 3 4` after cycle 3 (CPU, torch 2.14): silhouette of h
+.75, control .53; of z .49, control .16; accuracy 1.00 in both (README.md has the other networks).
+
 Paper: "SAE-ception: Iteratively Using Sparse Autoencoders as a Training Signal", Mechanistic
 Interpretability Workshop at NeurIPS 2025, https://openreview.net/forum?id=TtV3UF7iKq
 """
@@ -150,7 +153,7 @@ def train_sae(
     epochs = max(epochs, math.ceil(min_steps / steps_per_epoch))
     steps = batches(len(h), batch_size, epochs, seed)
     for step, index in enumerate(progress(steps)):
-        # The last fifth of the steps takes the learning rate to zero: less noise, lower error.
+        # Ours: the last fifth takes the learning rate to zero, for less noise and a lower error.
         lr_now = lr * min(1, 5 * (1 - step / len(steps)))
         optimizer.param_groups[0]["lr"] = lr_now
         batch = h[index].to(device).float() * scale  # (B, d_in)
@@ -268,7 +271,7 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tenso
 
 def class_top_k(z: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
     """Which features each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean
-    over the class's examples; one that they never use is not kept. z [N, d_sae], y [N] class
+    over the class's examples. Ours: one that they never use is not kept. z [N, d_sae], y [N] class
     numbers. ValueError unless 1 <= top_k <= d_sae."""
     if not 1 <= top_k <= z.shape[1]:
         raise ValueError(f"top-k = {top_k} is not between 1 and d_sae = {z.shape[1]}")
@@ -313,16 +316,17 @@ def fit(
     epochs: int = 1,
     batch_size: int = 64,
     lr: float = 1e-3,  # of Adam
-    augment: Callable | None = None,  # changes each input; targets stay those of the unchanged
+    augment: Callable | None = None,  # changes an input at random; its target stays the same
     seed: int = 0,  # of the order of the batches, of dropout and of `augment`
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> None:
     """Train, or train on, with the combined loss.
 
-    The variance of h, averaged over its d_in components, is taken once at the start from up to 4096
-    examples: one `weight` then suits layers of any scale. Where torch.distributed is initialized,
-    each process takes its share of every batch. Raises FloatingPointError, with the epoch, if the
-    loss diverges, and ValueError for what does not fit together.
+    Ours: the squared error is over the variance of h, averaged over its d_in components and taken
+    once at the start from up to 4096 examples, so that one `weight` suits layers of any scale.
+    Where torch.distributed is initialized, each process takes its share of every batch. Raises
+    FloatingPointError, with the epoch, if the loss diverges, and ValueError for what does not fit
+    together.
     """
     if aux_loss not in ("mse", "cosine"):
         raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
@@ -1258,9 +1262,9 @@ def make_parser(setting: str) -> argparse.ArgumentParser:
     parser.error = error
     path, amount = os.path.expanduser, number(float, 0)
     natural, positive = number(int, 0), number(int, 1)
-    # Name, type or choices, default, meaning, and where the default is another one. Those of mlp
-    # and cnn are chosen on validation images; for ViT-H and ConvNeXt-V2, top-k, d-sae and epochs
-    # are the paper's, the rest is not tuned.
+    # Name, type or choices, default, meaning, and where the default is another one. The mlp's and
+    # the l1 of cnn are chosen on validation images; for ViT-H and ConvNeXt-V2, top-k, d-sae and
+    # epochs are the paper's; the rest is not tuned.
     # fmt: off
     option("dataset", list(ARCHS), "digits", "digits are rendered, nothing is downloaded")
     option("cycles", natural, 3, "rounds of SAE, sharpen, train, measure")
