@@ -174,7 +174,8 @@ def train_sae(
             W_dec /= W_dec.norm(dim=1, keepdim=True)
             # Ours, in place of the resampling of dead features of Bricken et al.: a feature that
             # the batch does not use gets no gradient; its bias rises until it is used.
-            sae.b_enc += 0.1 * lr_now * math.sqrt(h.shape[1]) * (z == 0).all(0)
+            unused = z.sum(0) == 0  # (d_sae,)
+            sae.b_enc += 0.1 * lr_now * math.sqrt(h.shape[1]) * unused
 
     sae.requires_grad_(False)
     sae.b_enc /= scale

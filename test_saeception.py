@@ -139,13 +139,17 @@ def test_train_sae_reconstructs_repeatably_and_as_well_in_bfloat16(k):
         assert same_parameters(S.train_sae(h, 32, bfloat16=True, **how), rough)
 
 
-def test_min_steps_adds_epochs_where_rows_are_few():
+def test_min_steps_adds_epochs_where_rows_are_few(capsys):
     few, lengths = small_net()[:2](blobs(300)[0]), []
     for epochs, min_steps in ((1, 50), (1, 0), (7, 3)):
         progress = lambda steps: lengths.append(len(steps)) or steps  # noqa: E731
         S.train_sae(few, 8, epochs=epochs, min_steps=min_steps, progress=progress)
     assert lengths == [50, 1, 7]
     assert fvu(S.train_sae(few, 24), few) < 0.5  # by default few rows are enough
+    capsys.readouterr()
+    sae = S.train_sae(blobs(300)[0], 256, epochs=1, min_steps=0)  # one step
+    warned = float(re.search(r"FVU ([\d.]+)", capsys.readouterr().err)[1])
+    assert warned == pytest.approx(fvu(sae, blobs(300)[0]), abs=0.01) and warned > 1
 
 
 def test_train_sae_takes_activations_of_any_kind_and_scale():
