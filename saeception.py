@@ -116,7 +116,7 @@ def train_sae(
     epochs: int = 10,
     min_steps: int = 1000,  # more epochs where rows are few; 0 switches it off
     batch_size: int = 256,
-    lr: float | None = None,  # of Adam. None: 0.006 * sqrt(256 / d_sae), as in Gao et al.
+    lr: float | None = None,  # of Adam. None: 0.006 * sqrt(256 / d_sae), after Gao et al.
     seed: int = 0,
     device: torch.device | str | None = None,  # where the SAE trains. None: where h is
     bfloat16: bool = False,  # products in bfloat16: as good and, on many machines, much faster
@@ -1312,9 +1312,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, dict]:
     data. ValueError if the settings are wrong or do not go together."""
     first = make_parser("").parse_args(argv)  # the data set and --arch decide on the defaults
     setting = first.arch or ARCHS[first.dataset][0]
-    folders = [folder.name for folder in Path(first.data_dir, "train").glob("[!.]*")]
-    if first.dataset == "imagenet" and not is_imagenet(folders):
-        setting = "convnext_own"
+    if first.dataset == "imagenet":
+        folders = [folder.name for folder in Path(first.data_dir, "train").glob("[!.]*")]
+        if not is_imagenet(folders):
+            setting = "convnext_own"
     parser, saved, before = make_parser(setting), {"states": {}}, {}
     if first.resume:
         what = f"--resume: {first.resume} is no run folder"

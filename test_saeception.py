@@ -201,12 +201,16 @@ def test_activations_in_chunks_of_named_layers_and_what_cannot_be_watched():
         assert_close((h, logits), (model[:end](x), model(x)))
     with pytest.raises(ValueError, match="no layer 'nosuch'; the layers are 0, 1, 1.alias, 2"):
         S.activations(model, "nosuch", x)
-    unused, pair, compiled = small_net(), small_net(), torch.compile(small_net(), backend="eager")
+    unused, pair, named = (small_net() for _ in range(3))
+    compiled = torch.compile(small_net(), backend="eager")
     unused[1].more = nn.ReLU()
     pair.register_forward_hook(lambda module, inputs, logits: (logits, 1))  # returns no tensor
+    named.register_forward_hook(lambda module, inputs, logits: {"logits": logits})
     with torch.no_grad():
         compiled.eval()(x)  # from now on it does not look for new hooks
-    for model, layer in ((unused, "1.more"), (pair, "1"), (compiled, "_orig_mod.1")):
+    for model, layer in (
+        (unused, "1.more"), (pair, "1"), (named, "1"), (compiled, "_orig_mod.1"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"the model has to call '{layer}'"):
             S.activations(model, layer, x)
 
@@ -348,7 +352,10 @@ def metric_cases():
     twice[50:100] = twice[:50]
     far_point[0] = 1e6
     separate = x / 100 + torch.randn(5, 8, generator=generator)[y]
+    close = torch.tensor([[0.0, 0], [1e-3, 0], [0, 1e-3]])[y % 3] + 3e-4 * x[:, :2]
+    close[0] = 1e4
     return {
+        "close clusters and one far point": (close, y % 3),
         "random": (x, y), "singletons": (x, single), "duplicates": (twice, y),
         "far": (x + 1000, y), "one far point": (far_point, y), "separate": (separate, y),
         "sparse": ((x - 1.5).relu(), y), "pairs": (x, torch.arange(150) // 2),
@@ -374,8 +381,13 @@ def test_silhouette_at_any_scale_and_in_spite_of_rough_products():
         assert S.silhouette_score(x * scale, y) == exact
     with torch.autocast("cpu", torch.bfloat16):
         assert S.silhouette_score(x, y) == exact
-    torch.set_float32_matmul_precision("medium")  # bfloat16, where the machine has it
     try:
+        for precision in ("high", "medium"):  # TF32 or bfloat16, where the machine has them
+            torch.set_float32_matmul_precision(precision)
+            assert S.silhouette_score(x, y) == exact
+        torch.set_float32_matmul_precision("highest")
+        if hasattr(torch.backends.mkldnn, "matmul"):  # the newer way to say "medium", torch 2.9
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         assert S.silhouette_score(x, y) == exact
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -519,7 +531,7 @@ def test_labels_that_do_not_fit_are_refused_before_any_training(split):
     x, y = blobs()
     good = {name: (x, y) for name in ("train", "test", "val")}
     more = options(progress=lambda steps, desc: pytest.fail("it trains"))
-    for bad in (y + 1, y.where(y != 3, -100), y.float()):
+    for bad in (y + 1, y.where(y != 3, -100), y.float(), y * math.nan):
         with pytest.raises(ValueError, match="class numbers have to be whole, from 0 to 3"):
             next(S.saeception(small_net(), "1", **good | {split: (x, bad)}, **more))
 
