@@ -28,15 +28,11 @@ Interpretability Workshop at NeurIPS 2025, https://openreview.net/forum?id=TtV3U
 import argparse
 import contextlib
 import copy
-import glob
 import json
 import math
 import os
 import platform
-import re
-import signal
 import sys
-import textwrap
 import time
 import zlib
 from collections import OrderedDict
@@ -126,8 +122,8 @@ def train_sae(
 
     Inside, h is scaled to a mean squared norm of d_in, so that one `l1` suits layers of any scale;
     in the end the scale is folded into the biases, and z has the scale of h. A line on stderr warns
-    of an SAE that is worse than the mean of h. Raises FloatingPointError if h is constant or if the
-    SAE stops being finite.
+    of an SAE that is worse than the mean of h. Raises FloatingPointError for an SAE that is not
+    finite or an h that does not vary, and ValueError for no rows.
     """
     h = h.detach()
     if device is None:
@@ -135,18 +131,14 @@ def train_sae(
     if lr is None:
         lr = 0.006 * math.sqrt(256 / d_sae)
     sample = h[batches(len(h), 4096, 1, seed)[0]].to(device).float()
-    if (sample == sample[0]).all():
-        raise FloatingPointError("h is the same for all examples: is the layer dead? Train the "
-                                 "classifier with a lower lr")  # fmt: skip
-    scale = 1 / sample.square().mean().sqrt().item()
+    scale = 1 / sample.square().mean().sqrt()
     generator = torch.Generator().manual_seed(seed)
     sae = SparseAutoencoder(h.shape[1], d_sae, k, generator).to(device)
     sae.b_dec.data = sample.mean(0) * scale
     if k is None:
         # Ours: sparse from the start. At 1.28 standard deviations a feature fires for one example
         # in ten. L1 takes long to make a dense code sparse, and costs error on the way.
-        with torch.autocast(sample.device.type, enabled=False):
-            sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
+        sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
 
     steps_per_epoch = max(1, len(h) // batch_size)
@@ -183,7 +175,7 @@ def train_sae(
     # Fraction of variance unexplained.
     fvu = (sample - sae(sample)[0]).square().sum() / (sample - sample.mean(0)).square().sum()
     if not fvu.isfinite():
-        raise FloatingPointError("the SAE is not finite; lower its lr")
+        raise FloatingPointError("the SAE is not finite, or h is the same for all: lower the lr")
     if fvu > 1:
         print(f"the SAE is no good (FVU {fvu:.2f}): try more steps, or less l1", file=sys.stderr)
     return sae
@@ -229,22 +221,15 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     return layers[name]
 
 
-def input_rows(x: Tensor, index, model: nn.Module) -> Tensor:
-    """x[index] where the model is, in the model's floating type (whole numbers stay whole)."""
-    weight = next(model.parameters())
-    rows = x[index].to(weight.device)
-    return rows.to(weight.dtype) if rows.is_floating_point() else rows
-
-
 @torch.no_grad()
 def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
     """h [N, d_in] and logits [N, n_classes] of inputs x [N, ...], on x's device, in chunks. Leaves
     the model in eval mode. ValueError unless layer and model give a row for each example."""
-    h, logits = [], []
+    h, logits, device = [], [], next(model.parameters()).device
     model.eval()
     with capture(find_layer(model, layer)) as seen:
         for start in range(0, len(x), chunk):
-            rows = input_rows(x, slice(start, start + chunk), model)
+            rows = x[start : start + chunk].to(device)
             output = model(rows)
             if seen.h is None or not isinstance(output, Tensor) or len(seen.h) != len(rows):
                 raise ValueError(f"the model has to call {layer!r} (compiled, it does not) and to "
@@ -270,15 +255,19 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tenso
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
 
+def strongest(z_mean: Tensor, top_k: int) -> Tensor:
+    """bool [n_classes, d_sae]: the top_k features with the largest class mean, z_mean of the same
+    shape. Ours: a feature that a class never uses is not kept. ValueError unless
+    1 <= top_k <= d_sae."""
+    if not 1 <= top_k <= z_mean.shape[1]:
+        raise ValueError(f"top-k = {top_k} is not between 1 and d_sae = {z_mean.shape[1]}")
+    top = z_mean.topk(top_k, dim=1)
+    return torch.zeros_like(z_mean, dtype=torch.bool).scatter(1, top.indices, top.values > 0)
+
+
 def class_top_k(z: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
-    """Which features each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean
-    over the class's examples. Ours: one that they never use is not kept. z [N, d_sae], y [N] class
-    numbers. ValueError unless 1 <= top_k <= d_sae."""
-    if not 1 <= top_k <= z.shape[1]:
-        raise ValueError(f"top-k = {top_k} is not between 1 and d_sae = {z.shape[1]}")
-    top = class_mean(z, y, n_classes).topk(top_k, dim=1)
-    mask = torch.zeros(n_classes, z.shape[1], dtype=torch.bool, device=z.device)
-    return mask.scatter(1, top.indices, top.values > 0)
+    """Which features each class keeps, bool [n_classes, d_sae]; z [N, d_sae], y [N]."""
+    return strongest(class_mean(z, y, n_classes), top_k)
 
 
 def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
@@ -289,10 +278,8 @@ def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
     """The method's targets [N, d_in]: row i belongs to h[i] and y[i], and lies where h does."""
-    # The codes of all examples may not fit into memory, so that class_top_k gets the class means:
-    # the mean of a single row is the row.
-    z_mean = class_mean(h, y, n_classes, sae.encode)  # (n_classes, d_sae)
-    mask = class_top_k(z_mean, torch.arange(n_classes), n_classes, top_k)
+    # In parts, since the codes of all examples may not fit into memory.
+    mask = strongest(class_mean(h, y, n_classes, sae.encode), top_k)
     targets = torch.empty_like(h)
     for i in range(0, len(h), 2048):
         z = sae.encode(h[i : i + 2048])
@@ -325,41 +312,30 @@ def fit(
 
     Ours: the squared error is over the variance of h, averaged over its d_in components and taken
     once at the start from up to 4096 examples, so that one `weight` suits layers of any scale.
-    Where torch.distributed is initialized, each process takes its share of every batch. Raises
-    FloatingPointError, with the epoch, if the loss diverges, and ValueError for what does not fit
-    together.
+    Raises FloatingPointError, with the epoch, if the loss diverges, and ValueError for what does
+    not fit together.
     """
     if aux_loss not in ("mse", "cosine"):
         raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
     if len(y) != len(x) or (targets is not None and len(targets) != len(x)):
         raise ValueError("x, y and targets need the same number of rows")
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-        for parameter in model.parameters():
-            dist.broadcast(parameter.data, src=0)
     if targets is not None:
         h, _ = activations(model, layer, x[batches(len(x), 4096, 1, seed)[0]])
         variance = h.var(0).mean().item()
-        if targets.shape[1:] != h.shape[1:]:
-            raise ValueError(f"targets have to be [N, {h.shape[1]}], as h is")
 
+    device = next(model.parameters()).device
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = batches(len(x), batch_size, epochs, seed)
     model.train()
     with capture(find_layer(model, layer)) as seen:
         for step, index in enumerate(progress(steps)):
-            share = index[rank::world]
-            inputs = input_rows(x, share, model)
+            inputs, labels = x[index].to(device), y[index].to(device).long()
             if augment is not None:
                 inputs = torch.stack([augment(image) for image in inputs])
-            logits = model(inputs)
-            labels = y[share].to(logits.device).long()
-            task_loss = F.cross_entropy(logits, labels)
-            loss = task_loss
+            loss = task_loss = F.cross_entropy(model(inputs), labels)
             if targets is not None:
-                h, target = seen.h, targets[share].detach().to(seen.h)
+                h, target = seen.h, targets[index].detach().to(seen.h)
                 if not h.requires_grad:
                     raise ValueError(f"nothing that is trained is below layer {layer!r}")
                 if aux_loss == "mse":
@@ -370,18 +346,12 @@ def fit(
                 # it moves on, they say less and less.
                 loss = task_loss + weight * (1 - step / len(steps)) * aux
             optimizer.zero_grad()
-            (loss * len(share) / len(index)).backward()
-            if world > 1:
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        dist.all_reduce(parameter.grad)  # the sum over the shares of the batch
+            loss.backward()
             optimizer.step()
             epoch, rest = divmod(step + 1, len(steps) // epochs)
-            if rest == 0:
-                finite = all(parameter.isfinite().all() for parameter in model.parameters())
-                # Dead ReLUs can hold a diverged network at a finite, but very large loss.
-                if not (finite and loss < math.inf and task_loss < 1e6):
-                    raise FloatingPointError(f"the loss diverged in epoch {epoch}; lower lr")
+            # Dead ReLUs can hold a diverged network at a finite, but very large loss.
+            if rest == 0 and not task_loss < 1e6:
+                raise FloatingPointError(f"the loss diverged in epoch {epoch}; lower lr")
     model.eval()
 
 
@@ -411,51 +381,40 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, labels, size
 
 
-def _distances(a: Tensor, b: Tensor, same: bool) -> Tensor | None:
-    """|a_i - b_j| [n, m] of points a [n, D] and b [m, D] with norms of at most 1: relative error
-    below 1e-4 for those over 1e-7, 0 between equal points. None where float32 cannot tell."""
-    aa, bb = a.square().sum(1, keepdim=True), b.square().sum(1)
-    square = torch.addmm(bb, a, b.T, alpha=-2).add_(aa)  # |a|^2 + |b|^2 - 2 a.b
-    if a.dtype == torch.float64:  # between equal points only rounding is left
-        return square.where(square > 4e-15 * (aa + bb), 0).sqrt_()
-    if same:
-        square.fill_diagonal_(torch.inf)
-    if (square.amin(1, keepdim=True) <= 1e-3 * (aa + bb.max())).any():
-        return None  # some points are much closer to each other than to the centre
-    if same:
-        square.fill_diagonal_(0)
-    return square.sqrt_()
-
-
 def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
     """Mean silhouette (Rousseeuw 1987), Euclidean and exact: -1 to 1, high is well separated.
 
     x [N, D], labels [N]; a cluster of one point counts 0. Raises ValueError for fewer than 2 or
     more than N - 1 different labels, as the next two scores do."""
     points, labels, size = _clusters(x, labels)
-    centre = points.mean(0, dtype=torch.float64)
-    x = points - centre.to(points.dtype)
-    scale = x.abs().max().clamp_min(1e-37) * math.sqrt(x.shape[1])  # a silhouette has no scale
-    x = x / scale
-
-    def exact(rows):
-        return (points[rows].double() - centre) / scale
-
-    norms, probe = x[:256].square().sum(1), x[:256]
-    if ((probe @ probe.T).diagonal() - norms).abs().max() > 2e-6 * norms.max():
-        x = exact(slice(None))  # float32 products are rough here: TF32 or bfloat16
+    x = points - points.mean(0, dtype=torch.float64).to(points.dtype)
+    x = x / (x.abs().max().clamp_min(1e-37) * math.sqrt(x.shape[1]))  # now norms are at most 1
+    norm = x.square().sum(1)  # |x|^2 (N,)
     member = F.one_hot(labels).to(x.dtype)  # (N, C)
     sums = torch.zeros_like(member, dtype=torch.float64)  # of distances to each cluster
+    probe = (x[:256] @ x[:256].T).diagonal()
+    rough = (probe - norm[:256]).abs().max() > 2e-6 * norm.max()  # products in TF32 or bfloat16
     for i in range(0, len(x), chunk):
-        rows = slice(i, i + chunk)
         for j in range(i, len(x), chunk):
-            columns = slice(j, j + chunk)
-            distance = _distances(x[rows], x[columns], i == j)
-            if distance is None:
-                distance = _distances(exact(rows), exact(columns), i == j)
-            sums[rows] += distance @ member[columns].to(distance.dtype)
+            rows, columns = slice(i, i + chunk), slice(j, j + chunk)
+            # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
+            square = torch.addmm(norm[columns], x[rows], x[columns].T, alpha=-2)
+            square.add_(norm[rows, None])
+            if x.dtype == torch.float64:  # between equal points only rounding is left
+                equal = square <= 4e-15 * (norm[rows, None] + norm[columns])
+                square.masked_fill_(equal, 0)
+            else:
+                if i == j:
+                    square.fill_diagonal_(torch.inf)
+                close = square.amin(1) <= 1e-3 * (norm[rows] + norm[columns].max())
+                if rough or close.any():  # float32 is not exact enough
+                    return silhouette_score(points.double(), labels, chunk)
+            distance = square.sqrt_()
+            if i == j:
+                distance.fill_diagonal_(0)
+            sums[rows] += distance @ member[columns]
             if i != j:  # by symmetry, half the work
-                sums[columns] += distance.T @ member[rows].to(distance.dtype)
+                sums[columns] += distance.T @ member[rows]
     own = labels[:, None]
     a = sums.gather(1, own)[:, 0] / (size[labels] - 1).clamp_min(1)
     b = sums.div_(size).scatter_(1, own, torch.inf).amin(1)
@@ -645,8 +604,6 @@ def saeception(
     if arms is None:
         arms = {name: ARMS[name] for name in ("sae-ception", "control")}
     state = state or {"rows": [], "sae_k": sae_k, "done": {}, "models": {}, "saes": {}}
-    if state["sae_k"] != sae_k:
-        raise ValueError(f"this state has SAEs with sae_k = {state['sae_k']}")
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
     for cycle, arm in plan:
         if state["done"].get(arm, -1) >= cycle:
@@ -835,22 +792,18 @@ def load_weights(net: nn.Module, weights: str, url: str | None, translate: Calla
     from the file's; a head that `net` lacks is left out. OSError if that fails."""
     if weights == "none" or (weights == "auto" and url is None):
         return
-    options = {"map_location": "cpu", "weights_only": True}
-    source, load = weights, torch.load
-    if weights == "auto":
-        source, load = url, torch.hub.load_state_dict_from_url
-        options |= {"check_hash": True, "progress": sys.stderr.isatty()}
     advice = f"put a whole file of this network to {torch.hub.get_dir()}/checkpoints, or name one "
     advice += "with --weights PATH; --weights none does without"
-    with explained(f"cannot use the weights {source}", advice):
-        # Fine-tuned checkpoints of ConvNeXt-V2's own code hold their arguments, too.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = load(source, **options)
-        state = state.get("model", state)
-        state = translate({key.removeprefix("module."): value for key, value in state.items()})
-        for key in state.keys() - net.state_dict().keys():
-            if key.startswith("head"):
-                del state[key]
+    with explained(f"cannot use the weights {url if weights == 'auto' else weights}", advice):
+        if weights == "auto":
+            options = {"check_hash": True, "weights_only": True, "progress": sys.stderr.isatty()}
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", **options)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = translate(state.get("model", state))
+        lacks_head = not any(key.startswith("head") for key in net.state_dict())
+        if lacks_head:
+            state = {key: v for key, v in state.items() if not key.startswith("head")}
         net.load_state_dict(state)
 
 
@@ -860,7 +813,7 @@ def explained(what: str, advice: str, kind: type = OSError) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each kind of damage, and no network, raises a type of its own
-        why = textwrap.shorten(str(error), 200) or type(error).__name__
+        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise kind(f"{what} ({why}): {advice}") from error
 
 
@@ -912,27 +865,12 @@ def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tenso
 
 
 def load_folders(root: str | Path, split: str) -> tuple[np.ndarray, Tensor, list[str]]:
-    """Photos in root/split/<class>/, of any kind that Pillow reads, as paths; class numbers and
-    names. What is hidden, and macOS's copies, are left out. OSError if a class has none."""
-    folder, paths, y = Path(root, split), [], []
-    endings = [end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN]
-    names = sorted(p.name for p in folder.glob("[!.]*") if p.is_dir() and p.name != "__MACOSX")
-    names = names or ["<class>"]  # which has no images
-    for label, name in enumerate(names):
-        files = sorted(glob.glob("**/*", root_dir=folder / name, recursive=True))  # no hidden ones
-        photos = [str(folder / name / f) for f in files if Path(f).suffix.lower() in endings]
-        if not photos:
-            needs = "--data-dir needs train/<class>/ and val/<class>/ with images in each"
-            raise OSError(f"no images in {folder / name}: {needs}")
-        paths += photos
-        y += [label] * len(photos)
-    names = [" ".join(name.split()) for name in names]  # a name may have a line feed
-    return np.array(paths, dtype=object), torch.tensor(y), names
-
-
-def is_imagenet(names: list[str]) -> bool:
-    """Whether these are ImageNet's 1000 folders, which, sorted, are in a checkpoint's order."""
-    return len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
+    """Photos in root/split/<class>/ as paths, class numbers and names. OSError where are none."""
+    advice = "--data-dir needs train/<class>/ and val/<class>/ with images in each"
+    with explained("no images", advice):
+        data = torchvision.datasets.ImageFolder(Path(root, split))
+    paths, y = zip(*data.samples, strict=True)
+    return np.array(paths, dtype=object), torch.tensor(y), data.classes
 
 
 def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> tuple[dict, list]:
@@ -973,8 +911,8 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
 def decoded(images: Tensor | np.ndarray, size: int) -> Tensor:
     """uint8 [B, C, H, W]: what is pixels stays so; photos, which are kept as paths, are decoded to
     RGB of size x size. As for the official ConvNeXt-V2 checkpoints, below 384 pixels the middle 7/8
-    of the shorter side is taken, from there on the whole image is warped; no EXIF orientation is
-    applied. OSError names a bad photo."""
+    of the shorter side is taken, from there on the whole image is warped. OSError names a photo
+    that cannot be read."""
     if isinstance(images, Tensor):
         return images
     photos = []
@@ -1002,14 +940,12 @@ def checksum(images: Tensor | np.ndarray) -> int:
 
 def write_whole(path: Path, write: Callable) -> None:
     """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
-    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     with explained(f"cannot write {path}", "make room, or name another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
                 write(file)
-                file.flush()
-                os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -1021,7 +957,6 @@ def trunk_features(
     images: Tensor | np.ndarray,  # uint8 [N, C, H, W], or paths [N] of photos
     folder: Path,  # keeps the features: one folder for each trunk, its weights and image size
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,  # or float16, half the space
     bfloat16: bool = False,  # the trunk's products in bfloat16: on many machines much faster
     batch_size: int = 64,
     size: int = 384,  # side of the decoded photos
@@ -1048,18 +983,21 @@ def trunk_features(
     if isinstance(images, Tensor):
         workers = 0  # there is nothing to decode
     loader = torch.utils.data.DataLoader(
-        images, batch_size=None, sampler=slices, num_workers=min(workers, len(slices)),
+        images,
+        batch_size=None,
+        sampler=slices,
+        num_workers=workers,
         collate_fn=partial(decoded, size=size),
-    )  # fmt: skip
+    )
     done = []
     for batch, rows in zip(progress(loader), slices, strict=True):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16):
-            done.append(trunk(batch.to(device)).to("cpu", dtype))
+            done.append(trunk(batch.to(device)).float().cpu())
         if rows.stop % 2048 == 0 or rows.stop == len(images):  # a file is complete
             start = (rows.stop - 1) // 2048 * 2048
             x[start], done = torch.cat(done), []
             if not x[start].isfinite().all():
-                raise FloatingPointError(f"features not finite in {dtype}: are the weights whole?")
+                raise FloatingPointError("the features are not finite: are the weights whole?")
             write_whole(paths[start], partial(np.savez, x=x[start].numpy()))
     return torch.cat(list(x.values()) or [torch.empty(0)])  # a share may have no file
 
@@ -1093,25 +1031,25 @@ def table(rows: list[dict], heading: bool = True) -> str:
 def summary(rows: list[dict]) -> str:
     """For each cycle and arm the mean over the seeds and, below it, the standard deviation; then
     the same of the difference sae-ception minus control, taken seed by seed."""
-    keys, groups = list(COLUMNS)[3:], {}  # groups: (cycle, arm): {seed: values [keys]}
+    keys, groups, lines = list(COLUMNS)[3:], {}, []  # groups: (cycle, arm): {seed: values [keys]}
     for row in rows:
         group = groups.setdefault((row["cycle"], row["arm"]), {})
         group[row["seed"]] = np.array([row[key] for key in keys])
     for cycle, arm in list(groups):
-        control = groups.get((cycle, "control"), {})
+        control = groups.get((cycle, "control"))
         if arm == "sae-ception" and control:
             ours = groups[cycle, arm]
             groups[cycle, "difference"] = {s: ours[s] - control[s] for s in ours if s in control}
-    result = []
     for (cycle, arm), group in groups.items():
-        values, name = list(group.values()), {"cycle": cycle, "arm": arm}
+        values, of = np.array(list(group.values())), {}
         if len(values) > 1 or arm == "difference":
-            mean = zip(keys, np.mean(values, axis=0), strict=True)
-            result.append({"seed": "mean"} | name | dict(mean))
+            of["mean"] = values.mean(0)
         if len(values) > 1:
-            std = zip(keys, np.std(values, axis=0, ddof=1), strict=True)
-            result.append({"seed": "std"} | name | dict(std))
-    return table(result) if result else ""
+            of["std"] = values.std(0, ddof=1)
+        for name, numbers in of.items():
+            row = {"seed": name, "cycle": cycle, "arm": arm}
+            lines.append(row | dict(zip(keys, numbers, strict=True)))
+    return table(lines) if lines else ""
 
 
 def palette(n: int) -> list[str]:
@@ -1160,10 +1098,11 @@ def draw_features(z: Tensor, images, y: Tensor, z_mean: Tensor, names, size: int
                 continue
             text = f"feature {feature}, mean {mean:.2f}"
             draw.text((left, top + 20), text, fill="black", font=font)
-            strongest = z[:, feature].topk(min(8, len(z))).indices.cpu()
-            for i, photo in enumerate(decoded(images[strongest.numpy()], size)):
-                photo = v2.functional.to_pil_image(photo).convert("RGB").resize((44, 44))
-                photo = ImageOps.expand(photo, 3, fill=colours[y[strongest[i]]])
+            strongest_images = z[:, feature].topk(min(8, len(z))).indices.cpu()
+            for i, n in enumerate(strongest_images):
+                photo = v2.functional.to_pil_image(decoded(images[n : n + 1], size)[0])
+                photo = photo.convert("RGB").resize((44, 44))
+                photo = ImageOps.expand(photo, 3, fill=colours[y[n]])
                 canvas.paste(photo, (left + 52 * i, top + 41))
     return canvas
 
@@ -1186,15 +1125,16 @@ def draw_run(folder: Path, model, layer: str, splits: dict, images, names, state
     write_whole(folder / "clusters.png", partial(picture.save, format="PNG"))
 
 
-def save_run(folder: Path, config: dict, saved: dict) -> None:
+def save_run(folder: Path, config: dict, states: dict) -> None:
     """checkpoint.pt, from which --resume goes on, and results.json, where nan and inf are null."""
-    write_whole(folder / "checkpoint.pt", partial(torch.save, {"config": config} | saved))
+    saved = {"config": config, "states": states}
+    write_whole(folder / "checkpoint.pt", partial(torch.save, saved))
     environment = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     environment |= {"python": platform.python_version(), "machine": platform.platform()}
     environment |= {"threads": torch.get_num_threads(), "gpu": None}
     if config["device"] == "cuda":
         environment["gpu"] = torch.cuda.get_device_name()
-    rows = [row for state in saved["states"].values() for row in state["rows"]]
+    rows = [row for state in states.values() for row in state["rows"]]
     rows = json.loads(json.dumps(rows), parse_constant=lambda name: None)  # nan and inf
     text = json.dumps({"config": config, "environment": environment, "rows": rows}, indent=1)
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
@@ -1204,19 +1144,17 @@ def show_progress(steps, desc: str, size: int = 1, unit: str = "steps") -> Itera
     """Rate and time left on stderr; where that is no terminal, one line when it is done. A step is
     `size` units."""
     start = shown = time.perf_counter()
-    terminal, line_start = sys.stderr.isatty(), ""
-    if terminal:
-        line_start = "\r\033[K"  # to the start of the line, which is wiped
+    terminal = sys.stderr.isatty()
     for done, step in enumerate(steps, 1):
         yield step
         now = time.perf_counter()
         rate, left = done / (now - start), len(steps) - done
-        text = f"{line_start}{desc}: {done}/{len(steps)}, {rate * size:.3g} {unit}/s"
-        if left == 0:
-            print(f"{text}, done", file=sys.stderr, flush=True)
-        elif terminal and now - shown > 0.2:
-            print(f"{text}, {left / rate:.0f} s left", end="", file=sys.stderr, flush=True)
+        text = f"{desc}: {done}/{len(steps)}, {rate * size:.3g} {unit}/s, {left / rate:.0f} s left"
+        if terminal and (left == 0 or now - shown > 0.2):
             shown = now
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        if left == 0:
+            print("" if terminal else text, file=sys.stderr, flush=True)
 
 
 # === 11. Command line =============================================================================
@@ -1296,35 +1234,37 @@ def make_parser(setting: str) -> argparse.ArgumentParser:
            cnn=5e-4, mlp=2e-3, vit=1e-4, vit_tiny=1e-3, convnext=1e-4, convnext_own=1e-3)
     option("augment", ["none", "flip-crop"], "none", "at random, with --tune all", vit="flip-crop")
     option("precision", ["auto", "float32", "bfloat16"], "auto", "of products in trunk and SAEs; "
-           "auto: bfloat16 with --tune last where the machine is fast at it")
+           "auto: bfloat16 with --tune last on cuda, else float32")
     option("seeds", natural, [0], "one run each", nargs="+")
     option("arms", list(ARMS), ["sae-ception", "control"], "what to compare", nargs="+")
     option("limit", positive, None, "examples of each split, chosen at random; None: all")
     option("device", ["auto", "cpu", "cuda", "mps"], "auto", "auto: cuda, or cpu without it")
-    option("workers", natural, None, "processes that decode photos; None: one for each core")
+    option("workers", natural, os.cpu_count(), "processes that decode photos")
     option("resume", path, None, "folder of a run to go on with; cycles, seeds, arms can be added")
     # fmt: on
     return parser
 
 
+def is_imagenet(names: list[str]) -> bool:
+    """Whether these are ImageNet's 1000 folders, which, sorted, are in a checkpoint's order."""
+    return len(names) == 1000 and min(names) == "n01440764"
+
+
 def parse_arguments(argv: list[str] | None) -> tuple[dict, dict]:
-    """The settings, and what is saved of the run: its "states", by seed, and "checksums" of the
-    data. ValueError if the settings are wrong or do not go together."""
+    """The settings, and the finished states by seed. ValueError for settings that are wrong or do
+    not go together."""
     first = make_parser("").parse_args(argv)  # the data set and --arch decide on the defaults
     setting = first.arch or ARCHS[first.dataset][0]
     if first.dataset == "imagenet":
-        folders = [folder.name for folder in Path(first.data_dir, "train").glob("[!.]*")]
+        folders = [folder.name for folder in Path(first.data_dir, "train").glob("*")]
         if not is_imagenet(folders):
             setting = "convnext_own"
-    parser, saved, before = make_parser(setting), {"states": {}}, {}
+    parser, states, before = make_parser(setting), {}, {}
     if first.resume:
         what = f"--resume: {first.resume} is no run folder"
         with explained(what, "it needs a whole checkpoint.pt of this version", ValueError):
-            path = Path(first.resume, "checkpoint.pt")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            before = saved.pop("config")
-            if before.keys() != vars(first).keys():
-                raise ValueError("other options")
+            saved = torch.load(Path(first.resume, "checkpoint.pt"), "cpu", weights_only=True)
+            before, states = saved["config"], saved["states"]
         parser.set_defaults(**before)
     config = vars(parser.parse_args(argv))
     archs = ARCHS[config["dataset"]]
@@ -1344,19 +1284,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, dict]:
         config["device"] = "cuda" if has["cuda"] else "cpu"
     if not has[config["device"]]:
         raise ValueError(f"--device {config['device']}: torch finds none here; use --device cpu")
-    if config["precision"] == "auto":  # CUDA and CPUs with AMX have matrix units for bfloat16
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
-        fast = config["device"] == "cuda" or cpu.get("amx_bf16", False)
-        config["precision"] = "bfloat16" if fast and config["tune"] == "last" else "float32"
+    if config["precision"] == "auto":
+        fast = config["device"] == "cuda" and config["tune"] == "last"
+        config["precision"] = "bfloat16" if fast else "float32"
     if config["sae"] == "l1":
         config["sae_k"] = None
-    elif config["sae_k"] > config["d_sae"]:
-        raise ValueError(f"--sae-k {config['sae_k']} is over --d-sae {config['d_sae']}")
-    if config["top_k"] > config["d_sae"]:
-        raise ValueError(f"--top-k {config['top_k']} is over --d-sae {config['d_sae']}")
+    if max(config["top_k"], config["sae_k"] or 0) > config["d_sae"]:
+        raise ValueError(f"--top-k and --sae-k have to be at most --d-sae, {config['d_sae']}")
     if config["dataset"] == "imagenet" and config["tune"] == "all":
         raise ValueError("--tune all keeps all images in memory: not for --dataset imagenet")
-    return config, saved
+    return config, states
 
 
 def build(config: dict, names: list[str], seed: int) -> tuple[nn.Module, nn.Module]:
@@ -1380,7 +1317,7 @@ def build(config: dict, names: list[str], seed: int) -> tuple[nn.Module, nn.Modu
     return trunk, model
 
 
-def cached_splits(config: dict, trunk: nn.Module, splits: dict, share=(0, 1)) -> dict:
+def cached_splits(config: dict, trunk: nn.Module, splits: dict, share: tuple[int, int]) -> dict:
     """The splits with the trunk's features for images, from --cache-dir or computed."""
     about = [config[key] for key in ("arch", "image_size", "weights", "precision")]
     if config["weights"] not in ("auto", "none"):
@@ -1388,15 +1325,9 @@ def cached_splits(config: dict, trunk: nn.Module, splits: dict, share=(0, 1)) ->
         about += [os.path.abspath(config["weights"]), file.st_size, file.st_mtime_ns]
     name = f"{config['dataset']}-{config['arch']}-{zlib.crc32(json.dumps(about).encode()):08x}"
     folder = Path(config["cache_dir"] or Path(config["data_dir"], "features"), name)
-    options = {key: config[key] for key in ("device", "batch_size", "workers")} | {"share": share}
+    options = {key: config[key] for key in ("device", "batch_size")}
     options |= {"size": config["image_size"], "bfloat16": config["precision"] == "bfloat16"}
-    if config["workers"] is None:
-        cores = os.cpu_count()
-        if hasattr(os, "sched_getaffinity"):  # those that this process may use
-            cores = len(os.sched_getaffinity(0))
-        options["workers"] = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-    if len(splits["train"][1]) > 200_000:
-        options["dtype"] = torch.float16  # ImageNet: 4 GB, not 8
+    options |= {"share": share, "workers": config["workers"] // share[1]}
     trunk, result = trunk.to(config["device"]).eval().requires_grad_(False), {}
     show = partial(show_progress, unit="images", size=config["batch_size"])
     for split, (images, y) in splits.items():
@@ -1406,31 +1337,21 @@ def cached_splits(config: dict, trunk: nn.Module, splits: dict, share=(0, 1)) ->
     return result
 
 
-def run(config, folder, saved, splits, names, network, rank: int, world: int) -> None:
-    """Every seed, from where `saved` stands: prints the table, fills the folder."""
-    (trunk, model), images = network, splits["test"][0]
+def run(config: dict, folder: Path, states: dict, splits: dict, images, names, model) -> None:
+    """Every seed, from where `states` stand: prints the table, fills the folder. `splits` are the
+    model's inputs and class numbers, `images` the test set's."""
     device, layer, tune_all = config["device"], config["layer"], config["tune"] == "all"
-    if not tune_all:
-        if world > 1:
-            cached_splits(config, trunk, splits, share=(rank, world))
-            dist.barrier()
-            dist.destroy_process_group()  # the rest is small, and the first process does it alone
-        if rank > 0:
-            return
-        splits = cached_splits(config, trunk, splits)
     # h and the targets are as large as x, and all of them have to fit.
     if device != "cuda" or splits["train"][0].nbytes < torch.cuda.mem_get_info()[0] / 8:
         splits = {split: (x.to(device), y.to(device)) for split, (x, y) in splits.items()}
-    shown = {"progress": show_progress} if rank == 0 else {}
     fit_options = {key: config[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
     if tune_all and config["augment"] == "flip-crop":
         fit_options["augment"] = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(32, 4)])
     sae_options = {"l1": config["l1"], "epochs": config["sae_epochs"], "device": device}
     sae_options["min_steps"] = config["sae_min_steps"]
     sae_options["bfloat16"] = config["precision"] == "bfloat16"
-    rows = [row for state in saved["states"].values() for row in state["rows"]]
-    if rank == 0:
-        print(table(rows), flush=True)
+    rows = [row for state in states.values() for row in state["rows"]]
+    print(table(rows), flush=True)
     for seed in config["seeds"]:
         if tune_all:
             _, model = build(config, names, seed)
@@ -1439,82 +1360,67 @@ def run(config, folder, saved, splits, names, network, rank: int, world: int) ->
             top_k=config["top_k"], weight=config["aux_weight"], cycles=config["cycles"],
             arms={arm: ARMS[arm] for arm in config["arms"]}, fit_options=fit_options,
             baseline_epochs=config["baseline_epochs"], sae_options=sae_options, seed=seed,
-            state=saved["states"].get(seed), **shown,
+            state=states.get(seed), progress=show_progress,
         ):  # fmt: skip
-            saved["states"][seed] = state
+            states[seed] = state
             rows.append(state["rows"][-1])
-            if rank == 0:
-                print(table(rows[-1:], heading=False), flush=True)
-                save_run(folder, config, saved)
-    if rank == 0:
-        print(summary(rows))
-        state, size = saved["states"][config["seeds"][0]], config["image_size"]
-        draw_run(folder, model, layer, splits, images, names, state, size)
-        print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
-
-
-def new_folder(config: dict) -> Path:
-    """A folder of its own for a run."""
-    folder = Path(config["out_dir"], f"{config['dataset']}-{datetime.now():%Y%m%d-%H%M%S}")
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # that of another run of this second
-            folder = folder.with_name(f"{folder.name}-2")
+            print(table(rows[-1:], heading=False), flush=True)
+            save_run(folder, config, states)
+    print(summary(rows))
+    state = states[config["seeds"][0]]
+    draw_run(folder, model, layer, splits, images, names, state, config["image_size"])
+    print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a bad argument, 1 another foreseen error, 130 interrupted."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # the caller may have closed it
-    folder, rank, local, world = None, 0, 0, int(os.environ.get("WORLD_SIZE") or 1)
+    folder, rank, local, world = None, 0, 0, int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:  # under torchrun
         rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     try:
-        config, saved = parse_arguments(argv)
+        config, states = parse_arguments(argv)
+        if config["tune"] == "all":  # there is no trunk pass to share: the first does it alone
+            world = 1
+            if rank > 0:
+                return 0
         if config["arch"] in ("mlp", "cnn") and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # the threads of small networks mostly wait for each other
         if config["device"] == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
             torch.cuda.set_device(local)
         if world > 1:  # one may wait for another for as long as a trunk pass takes
-            backend = "nccl" if config["device"] == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=1))
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
         if local > 0:
             dist.barrier()  # until the first process of this machine has downloaded everything
         splits, names = load_data(config["dataset"], config["data_dir"], config["limit"])
-        network = build(config, names, config["seeds"][0])
+        trunk, model = build(config, names, config["seeds"][0])
         if world > 1 and local == 0:
             dist.barrier()
-        checksums = [[checksum(images), zlib.crc32(y.numpy())] for images, y in splits.values()]
-        if saved["states"] and saved["checksums"] != checksums:
-            raise ValueError(f"--resume: images in {config['data_dir']} are not those of the run")
-        saved["checksums"] = checksums
+        images = splits["test"][0]
         if rank == 0:
-            folder = Path(config["resume"]) if config["resume"] else new_folder(config)
-            save_run(folder, config, saved)  # --resume works from here on
-        run(config, folder, saved, splits, names, network, rank, world)
+            new = f"{config['dataset']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+            folder = Path(config["resume"] or Path(config["out_dir"], new))
+            save_run(folder, config, states)  # --resume works from here on
+        if config["tune"] == "last":
+            share = cached_splits(config, trunk, splits, share=(rank, world))
+            if world > 1:
+                dist.barrier()  # now all files are there
+                if rank > 0:
+                    return 0  # the rest is small, and the first process does it alone
+            splits = share if world == 1 else cached_splits(config, trunk, splits, share=(0, 1))
+        run(config, folder, states, splits, images, names, model)
         return 0
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         # What a process that decodes photos raises has its message behind its traceback.
-        reason, status = str(error).strip().split("\n")[-1].removeprefix("OSError: "), 1
-        if isinstance(error, ValueError):
-            status = 2
-        elif isinstance(error, KeyboardInterrupt):
-            reason, status = "interrupted", 130
-        if folder is not None and isinstance(error, OSError | KeyboardInterrupt):
-            reason += f"; go on with: python saeception.py --resume {folder}"
-        elif folder is not None:  # going on would come to the same
-            reason += f"; what is finished is in {folder}"
-        if rank == 0 or status == 1:  # a bad argument is the same for all
-            start = "\n" if sys.stderr.isatty() else ""  # behind the progress
-            print(f"{start}saeception.py: error: {reason}", file=sys.stderr)
-        return status
+        reason = str(error).strip().split("\n")[-1].removeprefix("OSError: ") or "interrupted"
+        if folder is not None:
+            reason += f"; what is finished is in {folder}, and --resume {folder} goes on from there"
+        print(f"\nsaeception.py: error: {reason}", file=sys.stderr)
+        return {ValueError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     sys.exit(main())
