@@ -195,15 +195,13 @@ def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
     seen = SimpleNamespace(h=None)
 
     def hook(module, inputs, output):
-        ndim = output.ndim if isinstance(output, Tensor) else 0
-        channels_last = ndim == 4 and type(module) in (nn.LayerNorm, nn.Linear)
-        if ndim not in (2, 3, 4) or channels_last:
-            kind = type(module).__name__
-            raise ValueError(f"the output of {kind} is none of [B, D], [B, T, D], [B, C, H, W]")
+        ndim, kind = getattr(output, "ndim", 0), type(module)
         if ndim == 3:
             output = output[:, 0]  # the class token
-        elif ndim == 4:
+        elif ndim == 4 and kind not in (nn.LayerNorm, nn.Linear):  # they have channels last
             output = output.mean((2, 3))
+        elif ndim != 2:
+            raise ValueError(f"{kind.__name__} gives none of [B, D], [B, T, D], [B, C, H, W]")
         seen.h = output.clone()  # a later layer that works in place must not change it
 
     handle = layer.register_forward_hook(hook)
@@ -603,11 +601,12 @@ def saeception(
             raise ValueError(f"class numbers have to be whole, from 0 to {n_classes - 1}")
     if arms is None:
         arms = {name: ARMS[name] for name in ("sae-ception", "control")}
-    state = state or {"rows": [], "sae_k": sae_k, "done": {}, "models": {}, "saes": {}}
+    state = state or {"rows": [], "sae_k": sae_k, "models": {}, "saes": {}}
+    done = {(row["cycle"], row["arm"]) for row in state["rows"]}  # in an earlier call
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
     for cycle, arm in plan:
-        if state["done"].get(arm, -1) >= cycle:
-            continue  # in an earlier call
+        if (cycle, arm) in done:
+            continue
         start = time.perf_counter()
         what = f"seed {seed} cycle {cycle} {arm}"
         options, targets = fit_options or {}, None
@@ -616,7 +615,8 @@ def saeception(
             options = options | {"epochs": baseline_epochs}
         else:
             # The arm's model after its last cycle, and the SAE that was trained on its h.
-            net, sae = restore(model, state, "baseline" if cycle == 1 else arm)
+            before = "baseline" if cycle == 1 else arm
+            net, sae = restore(model, state, before)
             if arms[arm] is not None:
                 h, _ = activations(net, layer, x)
                 targets = arms[arm](sae, h, y.to(h.device), n_classes, top_k)
@@ -624,6 +624,7 @@ def saeception(
             common = {"seed": 1000 * seed + cycle}  # the same batches in every arm
             show = partial(progress, desc=f"{what}: train")
             fit(net, layer, x, y, targets, weight, progress=show, **common, **options)
+            h = targets = None  # they may be large: room for the new h
             h, _ = activations(net, layer, x)
             show = partial(progress, desc=f"{what}: SAE")
             sae = train_sae(h, d_sae, sae_k, progress=show, **common, **sae_settings)
@@ -636,7 +637,6 @@ def saeception(
         state = {  # a new one: a state does not change once it is yielded
             "rows": state["rows"] + [row],
             "sae_k": sae_k,
-            "done": state["done"] | {arm: cycle},
             "models": state["models"] | {arm: net.state_dict()},
             "saes": state["saes"] | {arm: sae.state_dict()},
         }
@@ -801,10 +801,8 @@ def load_weights(net: nn.Module, weights: str, url: str | None, translate: Calla
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         state = translate(state.get("model", state))
-        lacks_head = not any(key.startswith("head") for key in net.state_dict())
-        if lacks_head:
-            state = {key: v for key, v in state.items() if not key.startswith("head")}
-        net.load_state_dict(state)
+        heads = {key for key in state if key.startswith("head")} - net.state_dict().keys()
+        net.load_state_dict({key: state[key] for key in state.keys() - heads})
 
 
 @contextlib.contextmanager
@@ -1279,11 +1277,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, dict]:
         if key not in free and config[key] != value:
             flag = f"--{key.replace('_', '-')}"
             raise ValueError(f"--resume: it was run with {flag} {value}; leave {flag} out")
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if config["device"] == "auto":
-        config["device"] = "cuda" if has["cuda"] else "cpu"
-    if not has[config["device"]]:
-        raise ValueError(f"--device {config['device']}: torch finds none here; use --device cpu")
+        config["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    with explained(f"no --device {config['device']} here", "use --device cpu", ValueError):
+        torch.zeros(1, device=config["device"])
     if config["precision"] == "auto":
         fast = config["device"] == "cuda" and config["tune"] == "last"
         config["precision"] = "bfloat16" if fast else "float32"
@@ -1402,12 +1399,13 @@ def main(argv: list[str] | None = None) -> int:
             folder = Path(config["resume"] or Path(config["out_dir"], new))
             save_run(folder, config, states)  # --resume works from here on
         if config["tune"] == "last":
-            share = cached_splits(config, trunk, splits, share=(rank, world))
+            inputs = cached_splits(config, trunk, splits, share=(rank, world))
             if world > 1:
                 dist.barrier()  # now all files are there
                 if rank > 0:
                     return 0  # the rest is small, and the first process does it alone
-            splits = share if world == 1 else cached_splits(config, trunk, splits, share=(0, 1))
+                inputs = cached_splits(config, trunk, splits, share=(0, 1))
+            splits = inputs
         run(config, folder, states, splits, images, names, model)
         return 0
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
