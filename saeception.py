@@ -63,7 +63,8 @@ class SparseAutoencoder(nn.Module):
     given, TopK: the k largest features of each example (Gao et al. 2024, arXiv:2406.04093).
 
     sae(h) gives (h_hat, z). Names and shapes are those of SAELens: W_enc [d_in, d_sae],
-    b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]. Raises ValueError unless 1 <= k <= d_sae.
+    b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]. Raises ValueError unless k is None or
+    from 1 to d_sae.
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int | None = None, generator=None):
@@ -107,7 +108,7 @@ def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
 def train_sae(
     h: Tensor,  # activations [N, d_in], of any float type, on any device
     d_sae: int,  # number of features
-    k: int | None = None,  # active features per example: a TopK SAE. None: ReLU and L1
+    k: int | None = None,  # active features per example, a TopK SAE; None: ReLU and L1
     l1: float = 0.1,  # weight of the L1 norm of z; a TopK SAE does without
     epochs: int = 10,
     min_steps: int = 1000,  # more epochs where rows are few; 0 switches it off
@@ -159,7 +160,7 @@ def train_sae(
         if k is not None:
             sae.k = min(d_sae, int(k * 2 ** max(0, 1 - 5 * part_done)))
         batch = h[index].to(device).float() * scale  # (B, d_in)
-        # Without a cache: inside an autocast of the caller's it would keep old weights.
+        # No cache: in an autocast of the caller's, weights would stay as they were at first.
         with torch.autocast(batch.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
             h_hat, z = sae(batch)
         loss = (h_hat - batch).square().sum(1).mean()
@@ -183,9 +184,9 @@ def train_sae(
     sae.requires_grad_(False)
     sae.b_enc /= scale
     sae.b_dec /= scale
-    # Fraction of variance unexplained.
+    # Fraction of variance unexplained; where h does not vary, only rounding is below the line.
     fvu = (sample - sae(sample)[0]).square().sum() / (sample - sample.mean(0)).square().sum()
-    if not fvu.isfinite():
+    if not fvu < 1e6:
         raise FloatingPointError("the SAE is not finite, or h is the same for all: lower the lr")
     if fvu > 1:
         print(f"the SAE is no good (FVU {fvu:.2f}): try more steps, or less l1", file=sys.stderr)
@@ -240,7 +241,8 @@ def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tu
         for start in range(0, len(x), chunk):
             rows = x[start : start + chunk].to(device)
             output = model(rows)
-            if seen.h is None or not isinstance(output, Tensor) or len(seen.h) != len(rows):
+            seen_both = seen.h is not None and isinstance(output, Tensor)
+            if not (seen_both and len(seen.h) == len(output) == len(rows)):
                 raise ValueError(f"the model has to call {layer!r} (compiled, it does not) and to "
                                  "return a tensor, both with a row per example")  # fmt: skip
             h.append(seen.h.to(x.device))
@@ -259,24 +261,22 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tenso
         raise ValueError(f"{len(v)} rows but {len(y)} classes of rows")
     total, y = 0, y.long()
     for part, labels in zip(v.split(2048), y.split(2048), strict=True):
-        part = transform(part)  # in parts: all codes may not fit into memory
+        part = transform(part)  # in parts: what h becomes as z may not fit into memory
         total = total + F.one_hot(labels, n_classes).to(part).T @ part
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
 
-def strongest(z_mean: Tensor, top_k: int) -> Tensor:
-    """bool [n_classes, d_sae]: the top_k features with the largest class mean, z_mean of the same
-    shape. Ours: a feature that a class never uses is not kept. ValueError unless
-    1 <= top_k <= d_sae."""
+def class_top_k(
+    v: Tensor, y: Tensor, n_classes: int, top_k: int, transform: Callable = Tensor.float
+) -> Tensor:
+    """Which features each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean
+    over the class's examples. Ours: one that they never use is not kept. v: z [N, d_sae], or h with
+    transform=sae.encode; y [N] class numbers. ValueError unless 1 <= top_k <= d_sae."""
+    z_mean = class_mean(v, y, n_classes, transform)  # (n_classes, d_sae)
     if not 1 <= top_k <= z_mean.shape[1]:
         raise ValueError(f"top-k = {top_k} is not between 1 and d_sae = {z_mean.shape[1]}")
     top = z_mean.topk(top_k, dim=1)
     return torch.zeros_like(z_mean, dtype=torch.bool).scatter(1, top.indices, top.values > 0)
-
-
-def class_top_k(z: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
-    """Which features each class keeps, bool [n_classes, d_sae]; z [N, d_sae], y [N]."""
-    return strongest(class_mean(z, y, n_classes), top_k)
 
 
 def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
@@ -287,8 +287,7 @@ def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
     """The method's targets [N, d_in]: row i belongs to h[i] and y[i], and lies where h does."""
-    # In parts, since the codes of all examples may not fit into memory.
-    mask = strongest(class_mean(h, y, n_classes, sae.encode), top_k)
+    mask = class_top_k(h, y, n_classes, top_k, sae.encode)
     targets = torch.empty_like(h)
     for i in range(0, len(h), 2048):
         z = sae.encode(h[i : i + 2048])
@@ -319,18 +318,20 @@ def fit(
 ) -> None:
     """Train, or train on, with the combined loss.
 
-    Ours: the squared error is over the variance of h, averaged over its d_in components and taken
-    once at the start from up to 4096 examples, so that one `weight` suits layers of any scale.
+    Ours: the squared error is divided by the variance of h, averaged over its d_in components and
+    taken once at the start from up to 4096 examples, so that one `weight` suits any layer.
     Raises FloatingPointError, with the epoch, if the loss diverges, and ValueError for what does
     not fit together.
     """
     if aux_loss not in ("mse", "cosine"):
         raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
-    if len(y) != len(x) or (targets is not None and len(targets) != len(x)):
-        raise ValueError("x, y and targets need the same number of rows")
+    if len(y) != len(x):
+        raise ValueError(f"{len(x)} inputs, but {len(y)} class numbers")
     if targets is not None:
         h, _ = activations(model, layer, x[batches(len(x), 4096, 1, seed)[0]])
         variance = h.var(0).mean().item()
+        if targets.shape != (len(x), h.shape[1]):
+            raise ValueError(f"targets have to be [{len(x)}, {h.shape[1]}], as h")
 
     device = next(model.parameters()).device
     torch.manual_seed(seed)
@@ -346,7 +347,7 @@ def fit(
             if targets is not None:
                 h, target = seen.h, targets[index].detach().to(seen.h)
                 if not h.requires_grad:
-                    raise ValueError(f"nothing that is trained is below layer {layer!r}")
+                    raise ValueError(f"nothing that is trained is in or below layer {layer!r}")
                 if aux_loss == "mse":
                     aux = (h - target).square().mean() / variance
                 else:
@@ -513,10 +514,11 @@ def class_selectivity_index(z: Tensor, labels: Tensor) -> float:
 # === 6. Cycles ====================================================================================
 # for each cycle and arm:
 #     targets = arm(sae, h, y)    fit(net, targets)    sae = train_sae(new h)    measure(net, sae)
-
+# The SAE that measures a cycle also makes the targets of the next.
 
 # An arm is a function (sae, h [N, d_in], y [N], n_classes, top_k) -> targets [N, d_in], or None for
-# no targets; the sae was trained on this h. Each arm continues its own copy of the baseline.
+# no targets; the sae was trained on this h. Each arm continues its own copy of the baseline. Those
+# beside sae-ception are ours.
 
 
 def class_mean_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
@@ -546,7 +548,7 @@ def measure(model: nn.Module, layer: str, sae, x: Tensor, y: Tensor) -> dict[str
     z = sae.encode(h)
     row = {
         "accuracy": (logits.argmax(1) == y).double().mean().item(),
-        "adjusted_rand": adjusted_rand_score(z.argmax(1), y),  # of the strongest feature
+        "adjusted_rand": adjusted_rand_score(z.argmax(1), y),  # of each example's largest feature
         "l0": ((z > 0).sum() / len(z)).item(),  # features that fire, per example
         "dead": (z == 0).all(0).double().mean().item(),  # share of features that fire for none
         "fvu": ((h - sae.decode(z)).square().sum() / (h - h.mean(0)).square().sum()).item(),
@@ -570,15 +572,15 @@ def measure(model: nn.Module, layer: str, sae, x: Tensor, y: Tensor) -> dict[str
 
 def restore(model: nn.Module, state: dict, arm: str) -> tuple[nn.Module, SparseAutoencoder]:
     """The latest model and SAE of an arm, or of the "baseline", from a state of `saeception`."""
-    net, weights = copy.deepcopy(model), state["saes"][arm]
+    net, sae_weights = copy.deepcopy(model), state["saes"][arm]
     net.load_state_dict(state["models"][arm])
-    sae = SparseAutoencoder(*weights["W_enc"].shape, state["sae_k"])
-    sae.load_state_dict(weights)
+    sae = SparseAutoencoder(*sae_weights["W_enc"].shape, state["sae_k"])
+    sae.load_state_dict(sae_weights)
     return net, sae.to(next(net.parameters()).device).requires_grad_(False)
 
 
 def saeception(
-    model: nn.Module,  # a classifier; its weights are not changed
+    model: nn.Module,  # a classifier; its weights are not changed, but it is left in eval mode
     layer: str,  # name of the layer whose output is h
     train: tuple[Tensor, Tensor],  # inputs [N, ...] and class numbers [N]
     test: tuple[Tensor, Tensor],
@@ -613,6 +615,8 @@ def saeception(
     if arms is None:
         arms = {name: ARMS[name] for name in ("sae-ception", "control")}
     state = state or {"rows": [], "sae_k": sae_k, "models": {}, "saes": {}}
+    if state["sae_k"] != sae_k:
+        raise ValueError(f"the SAEs of this state have sae_k = {state['sae_k']}")
     done = {(row["cycle"], row["arm"]) for row in state["rows"]}  # in an earlier call
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
     for cycle, arm in plan:
@@ -620,7 +624,8 @@ def saeception(
             continue
         start = time.perf_counter()
         what = f"seed {seed} cycle {cycle} {arm}"
-        options, targets = fit_options or {}, None
+        options = fit_options or {}
+        targets = None
         if cycle == 0:
             net = copy.deepcopy(model)
             options = options | {"epochs": baseline_epochs}
@@ -1107,8 +1112,8 @@ def draw_features(z: Tensor, images, y: Tensor, z_mean: Tensor, names, size: int
                 continue
             text = f"feature {feature}, mean {mean:.2f}"
             draw.text((left, top + 20), text, fill="black", font=font)
-            strongest_images = z[:, feature].topk(min(8, len(z))).indices.cpu()
-            for i, n in enumerate(strongest_images):
+            most_driven = z[:, feature].topk(min(8, len(z))).indices.cpu()
+            for i, n in enumerate(most_driven):
                 photo = v2.functional.to_pil_image(decoded(images[n : n + 1], size)[0])
                 photo = photo.convert("RGB").resize((44, 44))
                 photo = ImageOps.expand(photo, 3, fill=colours[y[n]])

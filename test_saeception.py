@@ -170,7 +170,7 @@ def test_train_sae_takes_activations_of_any_kind_and_scale():
     assert all(p.grad is None for p in model.parameters())
     small, large = (S.train_sae(scale * h, 16, min_steps=50) for scale in (1, 1024))
     assert_close(large.encode(1024 * h), 1024 * small.encode(h), rtol=1e-2, atol=2)
-    for value in (0.0, 1.0, math.nan):
+    for value in (0.0, 0.1, math.nan):
         with pytest.raises(FloatingPointError, match="not finite, or h is the same for all"):
             S.train_sae(torch.full((99, 4), value), 8, min_steps=5)
 
@@ -447,6 +447,8 @@ def test_states_do_not_change_and_are_saved_to_go_on(tmp_path):
     rows = final(small_net(), DATA, DATA, state=state)["rows"]
     assert rows[:4] == states[3]["rows"]  # they are not done again
     assert untimed(rows) == untimed(states[-1]["rows"])
+    with pytest.raises(ValueError, match="have sae_k = None"):
+        final(model, DATA, DATA, state=state, sae_k=4)
 
 
 @pytest.mark.parametrize("message, call", [
@@ -456,7 +458,8 @@ def test_states_do_not_change_and_are_saved_to_go_on(tmp_path):
     ("400 rows but 399 classes", lambda: S.class_mean(X, Y[1:], 4)),
     ("top-k = 7 is not", lambda: S.class_top_k(X, Y, 4, 7)),
     ("'l2' is neither", lambda: S.fit(small_net(), "1", X, Y, TARGETS, aux_loss="l2")),
-    ("same number of rows", lambda: S.fit(small_net(), "1", X, Y, TARGETS[1:])),
+    ("have to be .400, 8., as h", lambda: S.fit(small_net(), "1", X, Y, TARGETS[:, :1])),
+    ("400 inputs, but 399", lambda: S.fit(small_net(), "1", X, Y[1:])),
     ("nothing that", lambda: S.fit(small_net().requires_grad_(False), "1", X, Y, TARGETS)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, lr=1e38)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, TARGETS * math.nan)),
