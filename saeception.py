@@ -398,7 +398,8 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
     more than N - 1 different labels, as the next two scores do."""
     points, labels, size = _clusters(x, labels)
     x = points - points.mean(0, dtype=torch.float64).to(points.dtype)
-    x = x / (x.abs().max().clamp_min(1e-37) * math.sqrt(x.shape[1]))  # now norms are at most 1
+    scale = x.abs().max().clamp_min(1e-37) * math.sqrt(x.shape[1])
+    x = x / scale  # a silhouette has no scale; now norms are at most 1
     norm = x.square().sum(1)  # |x|^2 (N,)
     member = F.one_hot(labels).to(x.dtype)  # (N, C)
     sums = torch.zeros_like(member, dtype=torch.float64)  # of distances to each cluster
@@ -413,15 +414,13 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
             if x.dtype == torch.float64:  # between equal points only rounding is left
                 equal = square <= 4e-15 * (norm[rows, None] + norm[columns])
                 square.masked_fill_(equal, 0)
-            else:
-                if i == j:
-                    square.fill_diagonal_(torch.inf)
-                close = square.amin(1) <= 1e-3 * (norm[rows] + norm[columns].max())
-                if rough or close.any():  # float32 is not exact enough
+            else:  # float32 is exact enough but for close points: these are subtracted
+                close = square <= 1e-3 * (norm[rows, None] + norm[columns].max())
+                n, m = close.nonzero(as_tuple=True)
+                if rough or len(n) > square.numel() / 100:
                     return silhouette_score(points.double(), labels, chunk)
+                square[n, m] = ((points[i + n] - points[j + m]) / scale).square().sum(1)
             distance = square.sqrt_()
-            if i == j:
-                distance.fill_diagonal_(0)
             sums[rows] += distance @ member[columns]
             if i != j:  # by symmetry, half the work
                 sums[columns] += distance.T @ member[rows]
