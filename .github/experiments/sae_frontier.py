@@ -4,7 +4,7 @@
 
 The file has x_train and x_test. FVU: squared error on held-out rows / their variance. dead: share
 of features that fire for no held-out row. Without SAELens (pip install sae-lens) its rows are left
-out. Learning rates: 1e-3 for SAELens, the default of `train_sae` (.0019) for ours.
+out. Learning rates: 1e-3 for SAELens, the defaults of `train_sae` for ours.
 """
 
 import argparse
