@@ -137,7 +137,8 @@ def train_sae(
     if k is None:
         # Ours: sparse from the start. At 1.28 standard deviations a feature fires for one example
         # in ten. L1 takes long to make a dense code sparse, and costs error on the way.
-        sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
+        with torch.autocast(sample.device.type, enabled=False):
+            sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
         lr_enc = lr_dec = lr or 0.006 * math.sqrt(256 / d_sae)  # the root: Gao et al.
     else:
         # Ours: TopK learns more in few steps from a small encoder, with a decoder that moves
@@ -1124,12 +1125,13 @@ def draw_run(folder: Path, model, layer: str, splits: dict, images, names, state
     """Both pictures: clusters of the baseline and of each arm, features of the first arm. `splits`
     are the model's inputs and class numbers, `images` the test set's."""
     (x_train, y_train), (x_test, y_test), panels = splits["train"], splits["test"], {}
-    for arm in state["models"]:  # the baseline is the first
+    arms = list(state["models"])  # the baseline is the first
+    for arm in arms:
         net, sae = restore(model, state, arm)
         z = sae.encode(activations(net, layer, x_test)[0])
         score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
         panels[f"{arm}: silhouette {score:.3f}"] = z[:5000]
-        if len(panels) <= 2:  # the first arm's picture takes the place of the baseline's
+        if arm in arms[1:2] or len(arms) == 1:
             h, _ = activations(net, layer, x_train)
             z_mean = class_mean(h, y_train, len(names), sae.encode).cpu()
             picture = draw_features(z, images, y_test.cpu(), z_mean, names, size)
