@@ -37,8 +37,10 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -385,46 +387,43 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.as_tensor(labels, device=x.device)
     _, labels, size = labels.unique(return_inverse=True, return_counts=True)
     if x.ndim != 2 or labels.shape != x.shape[:1] or not 2 <= len(size) <= len(x) - 1:
-        raise ValueError(f"[N, D] points need as many labels, from 2 to N - 1 different; here are "
-                         f"{list(x.shape)}, {len(labels)}, {len(size)} different")  # fmt: skip
-    if not x.isfinite().all():
+        raise ValueError("[N, D] points need as many labels, from 2 to N - 1 different")
+    if not torch.linalg.vector_norm(x, torch.inf).isfinite():
         raise ValueError("some points are not finite")
     return x, labels, size
 
 
-def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 1024) -> float:
+def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 256) -> float:
     """Mean silhouette (Rousseeuw 1987), Euclidean and exact: -1 to 1, high is well separated.
 
     x [N, D], labels [N]; a cluster of one point counts 0. Raises ValueError for fewer than 2 or
     more than N - 1 different labels, as the next two scores do."""
     points, labels, size = _clusters(x, labels)
     x = points - points.mean(0, dtype=torch.float64).to(points.dtype)
-    scale = x.abs().max().clamp_min(1e-37) * math.sqrt(x.shape[1])
-    x = x / scale  # a silhouette has no scale; now norms are at most 1
-    norm = x.square().sum(1)  # |x|^2 (N,)
+    scale = torch.linalg.vector_norm(x, torch.inf).clamp_min(1e-37) * math.sqrt(x.shape[1])
+    x /= scale  # a silhouette has no scale; now norms are at most 1
+    norm = torch.linalg.vector_norm(x, dim=1).square()  # (N,)
     member = F.one_hot(labels).to(x.dtype)  # (N, C)
     sums = torch.zeros_like(member, dtype=torch.float64)  # of distances to each cluster
     probe = (x[:256] @ x[:256].T).diagonal()
     rough = (probe - norm[:256]).abs().max() > 2e-6 * norm.max()  # products in TF32 or bfloat16
     for i in range(0, len(x), chunk):
-        for j in range(i, len(x), chunk):
-            rows, columns = slice(i, i + chunk), slice(j, j + chunk)
-            # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
-            square = torch.addmm(norm[columns], x[rows], x[columns].T, alpha=-2)
-            square.add_(norm[rows, None])
-            if x.dtype == torch.float64:  # between equal points only rounding is left
-                equal = square <= 4e-15 * (norm[rows, None] + norm[columns])
-                square.masked_fill_(equal, 0)
-            else:  # float32 is exact enough but for close points: these are subtracted
-                close = square <= 1e-3 * (norm[rows, None] + norm[columns].max())
-                n, m = close.nonzero(as_tuple=True)
-                if rough or len(n) > square.numel() / 100:
-                    return silhouette_score(points.double(), labels, chunk)
-                square[n, m] = ((points[i + n] - points[j + m]) / scale).square().sum(1)
-            distance = square.sqrt_()
-            sums[rows] += distance @ member[columns]
-            if i != j:  # by symmetry, half the work
-                sums[columns] += distance.T @ member[rows]
+        part, rest = slice(i, i + chunk), slice(i, None)  # by symmetry, those before are done
+        # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
+        square = torch.addmm(norm[rest], x[part], x[rest].T, alpha=-2)
+        square.add_(norm[part, None])
+        if x.dtype == torch.float64:  # between equal points only rounding is left
+            equal = square <= 4e-15 * (norm[part, None] + norm[rest])
+            square.masked_fill_(equal, 0)
+        else:  # float32 is exact enough but for close points: these are subtracted
+            close = square <= 1e-3 * (norm[part, None] + norm.max())
+            n, m = close.nonzero(as_tuple=True)
+            if rough or (len(n) - chunk) * x.shape[1] > 3 * square.numel():
+                return silhouette_score(points.double(), labels, chunk)
+            square[n, m] = ((points[i + n] - points[i + m]) / scale).square().sum(1)
+        distance = square.sqrt_()
+        sums[part] += distance @ member[rest]
+        sums[i + chunk :] += distance[:, chunk:].T @ member[part]
     own = labels[:, None]
     a = sums.gather(1, own)[:, 0] / (size[labels] - 1).clamp_min(1)
     b = sums.div_(size).scatter_(1, own, torch.inf).amin(1)
@@ -919,29 +918,28 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
 
 
 # === 9. Trunk pass ================================================================================
-# x = trunk(images), computed once and kept as one file for 2048 images
+# x = trunk(images), computed once and kept
+
+PER_FILE = 512  # images
 
 
-def decoded(images: Tensor | np.ndarray, size: int) -> Tensor:
-    """uint8 [B, C, H, W]: what is pixels stays so; photos, which are kept as paths, are decoded to
-    RGB of size x size. As for the official ConvNeXt-V2 checkpoints, below 384 pixels the middle 7/8
-    of the shorter side is taken, from there on the whole image is warped. OSError names a photo
-    that cannot be read."""
-    if isinstance(images, Tensor):
-        return images
-    photos = []
-    for path in images:
-        with explained(f"cannot read the image {path}", "mend or replace it"):
-            with Image.open(path) as file:
-                if file.mode[0] in "IF":
-                    raise ValueError("its values do not fit into 8 bits")
-                photo = file.convert("RGB")
-        if size < 384:
-            photo = ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC, bleed=1 / 16)
-        else:
-            photo = photo.resize((size, size), Image.Resampling.BICUBIC)
-        photos.append(v2.functional.pil_to_tensor(photo))
-    return torch.stack(photos)
+def decoded(image: Tensor | str, size: int) -> Tensor:
+    """One image as uint8 [C, H, W]: pixels stay as they are; a photo, which is kept as its path, is
+    decoded to RGB of size x size. As for the official ConvNeXt-V2 checkpoints, below 384 pixels the
+    middle 7/8 of the shorter side is taken, from there on the whole image is warped. OSError names
+    a photo that cannot be read."""
+    if isinstance(image, Tensor):
+        return image
+    with explained(f"cannot read the image {image}", "mend or replace it"):
+        with Image.open(image) as file:
+            if file.mode[0] in "IF":
+                raise ValueError("its values do not fit into 8 bits")
+            photo = file.convert("RGB")
+    if size < 384:
+        photo = ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC, bleed=1 / 16)
+    else:
+        photo = photo.resize((size, size), Image.Resampling.BICUBIC)
+    return v2.functional.pil_to_tensor(photo)
 
 
 def checksum(images: Tensor | np.ndarray) -> int:
@@ -974,7 +972,7 @@ def trunk_features(
     bfloat16: bool = False,  # the trunk's products in bfloat16: on many machines much faster
     batch_size: int = 64,
     size: int = 384,  # side of the decoded photos
-    workers: int = 0,  # processes that decode them
+    workers: int = 1,  # threads that decode them
     share: tuple[int, int] = (0, 1),  # (i, n): the i-th of every n files alone
     progress: Callable = iter,
 ) -> Tensor:
@@ -984,36 +982,27 @@ def trunk_features(
     there, or damaged, is made again: a pass may be killed at any time. Raises OSError for a full
     disk or a bad photo, FloatingPointError for features that are not finite.
     """
-    paths, x, slices = {}, {}, []  # slices: the batches of what is missing
-    for start in range(0, len(images), 2048)[share[0] :: share[1]]:
-        stop = min(start + 2048, len(images))
-        paths[start] = folder / f"{checksum(images[start:stop]):08x}-{stop - start}.npz"
-        try:
-            with np.load(paths[start]) as file:  # tests the checksums that the format has
-                x[start] = torch.from_numpy(file["x"])
-        except Exception:  # it is missing, or each kind of damage has a type of its own
-            x[start] = None
-            slices += [slice(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
-    if isinstance(images, Tensor):
-        workers = 0  # there is nothing to decode
-    loader = torch.utils.data.DataLoader(
-        images,
-        batch_size=None,
-        sampler=slices,
-        num_workers=workers,
-        collate_fn=partial(decoded, size=size),
-    )
-    done = []
-    for batch, rows in zip(progress(loader), slices, strict=True):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16):
-            done.append(trunk(batch.to(device)).float().cpu())
-        if rows.stop % 2048 == 0 or rows.stop == len(images):  # a file is complete
-            start = (rows.stop - 1) // 2048 * 2048
-            x[start], done = torch.cat(done), []
-            if not x[start].isfinite().all():
-                raise FloatingPointError("the features are not finite: are the weights whole?")
-            write_whole(paths[start], partial(np.savez, x=x[start].numpy()))
-    return torch.cat(list(x.values()) or [torch.empty(0)])  # a share may have no file
+    parts = [torch.empty(0)]
+    with ThreadPoolExecutor(workers) as pool:
+        for start in progress(range(0, len(images), PER_FILE)[share[0] :: share[1]]):
+            some = images[start : start + PER_FILE]
+            path, x = folder / f"{checksum(some):08x}-{len(some)}.npz", []
+            try:
+                with np.load(path) as file:  # tests the checksums that the format has
+                    x = torch.from_numpy(file["x"])
+            except Exception:  # it is missing, or each kind of damage has a type of its own
+                pass
+            if len(x) == 0:
+                ready = pool.map(partial(decoded, size=size), some)
+                while batch := list(islice(ready, batch_size)):
+                    with torch.autocast(torch.device(device).type, torch.bfloat16, bfloat16):
+                        x.append(trunk(torch.stack(batch).to(device)).float().cpu())
+                x = torch.cat(x)
+                if not x.isfinite().all():
+                    raise FloatingPointError("features are not finite: are the weights whole?")
+                write_whole(path, partial(np.savez, x=x.numpy()))
+            parts.append(x)
+    return torch.cat(parts)
 
 
 # === 10. Results ==================================================================================
@@ -1114,7 +1103,7 @@ def draw_features(z: Tensor, images, y: Tensor, z_mean: Tensor, names, size: int
             draw.text((left, top + 20), text, fill="black", font=font)
             most_driven = z[:, feature].topk(min(8, len(z))).indices.cpu()
             for i, n in enumerate(most_driven):
-                photo = v2.functional.to_pil_image(decoded(images[n : n + 1], size)[0])
+                photo = v2.functional.to_pil_image(decoded(images[n], size))
                 photo = photo.convert("RGB").resize((44, 44))
                 photo = ImageOps.expand(photo, 3, fill=colours[y[n]])
                 canvas.paste(photo, (left + 52 * i, top + 41))
@@ -1155,16 +1144,15 @@ def save_run(folder: Path, config: dict, states: dict) -> None:
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
 
 
-def show_progress(steps, desc: str, size: int = 1, unit: str = "steps") -> Iterator:
-    """Rate and time left on stderr; where that is no terminal, one line when it is done. A step is
-    `size` units."""
+def show_progress(steps, desc: str, unit: str = "steps") -> Iterator:
+    """Rate and time left on stderr; where that is no terminal, one line when it is done."""
     start = shown = time.perf_counter()
     terminal = sys.stderr.isatty()
     for done, step in enumerate(steps, 1):
         yield step
         now = time.perf_counter()
         rate, to_do = done / (now - start), len(steps) - done
-        text = f"{desc}: {done}/{len(steps)}, {rate * size:.3g} {unit}/s, {to_do / rate:.0f} s left"
+        text = f"{desc}: {done}/{len(steps)}, {rate:.3g} {unit}/s, {to_do / rate:.0f} s left"
         if terminal and (to_do == 0 or now - shown > 0.2):
             shown = now
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
@@ -1254,7 +1242,7 @@ def make_parser(setting: str) -> argparse.ArgumentParser:
     option("arms", list(ARMS), ["sae-ception", "control"], "what to compare", nargs="+")
     option("limit", positive, None, "examples of each split, chosen at random; None: all")
     option("device", ["auto", "cpu", "cuda", "mps"], "auto", "auto: cuda, or cpu without it")
-    option("workers", natural, os.cpu_count(), "processes that decode photos")
+    option("workers", positive, os.cpu_count(), "threads that decode photos")
     option("resume", path, None, "folder of a run to go on with; cycles, seeds, arms can be added")
     # fmt: on
     return parser
@@ -1341,11 +1329,11 @@ def cached_splits(config: dict, trunk: nn.Module, splits: dict, share: tuple[int
     folder = Path(config["cache_dir"] or Path(config["data_dir"], "features"), name)
     options = {key: config[key] for key in ("device", "batch_size")}
     options |= {"size": config["image_size"], "bfloat16": config["precision"] == "bfloat16"}
-    options |= {"share": share, "workers": config["workers"] // share[1]}
+    options |= {"share": share, "workers": max(1, config["workers"] // share[1])}
     trunk, result = trunk.to(config["device"]).eval().requires_grad_(False), {}
-    show = partial(show_progress, unit="images", size=config["batch_size"])
+    unit = f"files of {PER_FILE} images"
     for split, (images, y) in splits.items():
-        progress = partial(show, desc=f"trunk, {split} split")
+        progress = partial(show_progress, unit=unit, desc=f"trunk, {split} split")
         x = trunk_features(trunk, images, folder, progress=progress, **options)
         result[split] = x, y
     return result
@@ -1426,8 +1414,7 @@ def main(argv: list[str] | None = None) -> int:
         run(config, folder, states, splits, images, names, model)
         return 0
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        # What a process that decodes photos raises has its message behind its traceback.
-        reason = str(error).strip().split("\n")[-1].removeprefix("OSError: ") or "interrupted"
+        reason = str(error) or "interrupted"
         if folder is not None:
             reason += f"; what is finished is in {folder}, and --resume {folder} goes on from there"
         print(f"\nsaeception.py: error: {reason}", file=sys.stderr)

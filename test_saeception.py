@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 S.render_digits = functools.cache(S.render_digits)  # each run renders 14,000: here, once will do
 
 QUICK = """--limit 300 --epochs 1 --sae-epochs 3 --sae-min-steps 0 --top-k 8 --d-sae 32
-    --device cpu --precision float32 --workers 0""".split()
+    --device cpu --precision float32 --workers 1""".split()
 MLP = ["--arch", "mlp", *QUICK]
 PHOTOS = "--dataset imagenet --arch convnextv2_atto --weights none --image-size 32".split() + QUICK
 OPTIONS = {"d_sae": 16, "top_k": 4, "cycles": 2, "fit_options": {"epochs": 2}}
@@ -691,16 +691,16 @@ def test_photos_are_found_and_decoded(tmp_path):
     (tmp_path / "train" / "dog" / "notes.txt").write_text("no photo")
     paths, y, names = S.load_folders(tmp_path, "train")
     assert names == ["cat", "dog"] and len(paths) == 24
-    images = S.decoded(paths, 32)
+    images = torch.stack([S.decoded(path, 32) for path in paths])
     assert images.shape == (24, 3, 32, 32) and images.dtype == torch.uint8
     assert torch.equal(images.float().mean((2, 3)).argmax(1), y)
     # A white frame, a 16th on each side, is cut off below 384 pixels, and not from there on.
-    frame = [tmp_path / "frame.png"]
-    ImageOps.expand(Image.new("RGB", (140, 140)), 10, "white").save(frame[0])
+    frame = tmp_path / "frame.png"
+    ImageOps.expand(Image.new("RGB", (140, 140)), 10, "white").save(frame)
     assert S.decoded(frame, 70).max() < 60 and S.decoded(frame, 384).max() == 255
     Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(OSError, match="deep.png .its values do not fit into 8 bits"):
-        S.decoded([tmp_path / "deep.png"], 32)
+        S.decoded(tmp_path / "deep.png", 32)
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
     with pytest.raises(ValueError, match="need the same classes; one lacks dog"):
         S.load_data("imagenet", tmp_path)
@@ -715,39 +715,38 @@ def small_trunk():
 
 
 def trunk_pass(images, folder, stop=math.inf, **options):
-    """How many images the trunk gets, at most `stop` batches of 64, and the features."""
-    done = []
+    """How many images the trunk gets, at most `stop` batches, and the features."""
+    trunk, done = small_trunk(), []
 
-    def progress(steps):
-        for step in steps:
-            if len(done) == stop:
-                raise KeyboardInterrupt
-            done.append(len(step))
-            yield step
+    def count(module, batch):
+        if len(done) == stop:
+            raise KeyboardInterrupt
+        done.append(len(batch[0]))
 
-    x = S.trunk_features(small_trunk(), images, folder, progress=progress, **options)
+    trunk.register_forward_pre_hook(count)
+    x = S.trunk_features(trunk, images, folder, **options)
     return sum(done), x
 
 
 def test_features_are_kept_and_what_changed_is_made_again(tmp_path):
-    images, folder = random_images(5000, 4), tmp_path / "deep" / "features"
+    images, folder = random_images(1200, 4), tmp_path / "deep" / "features"
     with pytest.raises(KeyboardInterrupt):
-        trunk_pass(images, folder, stop=40)
-    seen, x = trunk_pass(images, folder)  # what was done before the stop is kept
+        trunk_pass(images, folder, stop=10)
+    seen, x = trunk_pass(images, folder, workers=2)  # what was done before the stop is kept
     assert_close(x, small_trunk()(images).detach())
-    assert seen == 5000 - 2048 and trunk_pass(images, folder)[0] == 0
-    file = max(folder.iterdir(), key=os.path.getsize)  # one of the two with 2048 images
+    assert seen == 1200 - 512 and trunk_pass(images, folder)[0] == 0
+    file = max(folder.iterdir(), key=os.path.getsize)  # one of the two with 512 images
     data, damaged = file.read_bytes(), bytearray(file.read_bytes())
     damaged[len(data) // 2] ^= 1
     for content in (damaged, data[:-9], b""):  # that file, and only that
         file.write_bytes(content)
         seen, again = trunk_pass(images, folder)
-        assert seen == 2048 and torch.equal(again, x) and file.read_bytes() == data
+        assert seen == 512 and torch.equal(again, x) and file.read_bytes() == data
     changed = images.clone()
-    changed[4500] += 1
+    changed[1100] += 1
     seen, again = trunk_pass(changed, folder)
-    assert seen == 5000 - 4096 and (again != x).any(1).nonzero().tolist() == [[4500]]
-    for rank, part in enumerate((2048, 2048, 904, 0)):  # four processes share it
+    assert seen == 1200 - 1024 and (again != x).any(1).nonzero().tolist() == [[1100]]
+    for rank, part in enumerate((512, 512, 176, 0)):  # four processes share it
         assert trunk_pass(images, tmp_path / "shared", share=(rank, 4))[0] == part
     seen, again = trunk_pass(images, tmp_path / "shared")
     assert seen == 0 and torch.equal(again, x)
@@ -884,9 +883,13 @@ def test_vit_on_cifar_end_to_end(cifar, tmp_path, run, monkeypatch):
     flags += ["--tune", "last", "--cycles", 0, "--cache-dir", tmp_path / "cache"]
     weights = tmp_path / "w.pt"
     torch.save(tiny_vit().state_dict(), weights)
+    monkeypatch.setattr(S, "write_whole", Mock(wraps=S.write_whole))
     passes = {"": 3, "--top-k 9 --seeds 1 0": 0, "--image-size 16": 3, f"--weights {weights}": 3}
     for more, expected in passes.items():
-        assert run(*flags, *more.split()).err.count("trunk, ") == expected, more
+        S.write_whole.reset_mock()
+        run(*flags, *more.split())
+        written = [call.args[0].suffix for call in S.write_whole.call_args_list]
+        assert written.count(".npz") == expected, more
     assert "augment" not in S.fit.call_args.kwargs
 
 
@@ -895,17 +898,26 @@ def test_photos_end_to_end(tmp_path, run):
     bad = data / "val" / "cat" / "07b.png"
     good = bad.read_bytes()
     bad.write_bytes(b"not an image")
-    stopped = run(*PHOTOS, "--cycles", 1, "--data-dir", data, "--workers", 2, status=1)
+    flags = [*PHOTOS, "--cycles", 1, "--data-dir", data, "--cache-dir", tmp_path / "cache"]
+    stopped = run(*flags, "--workers", 2, status=1)
     folder = stopped.folder
     assert f"error: cannot read the image {bad} (" in stopped.err
     assert stopped.err.strip().endswith(f"--resume {folder} goes on from there")
     bad.write_bytes(good)
-    assert run("--resume", folder, "--workers", 0).err.count("trunk, ") == 1  # two were done
-    rows = rows_of(folder)
+
+    def kept():
+        return {file: file.stat().st_mtime_ns for file in tmp_path.glob("cache/*/*")}
+
+    before = kept()
+    assert len(before) == 2  # train and val, from its files
+    run("--resume", folder)
+    rows, after = rows_of(folder), kept()
+    assert len(after) == 3 and after.items() > before.items()
     assert len(rows) == 3 and all(math.isfinite(row["silhouette"]) for row in rows)
     for file in data.glob("*/*/*"):
         os.utime(file)  # a copy or a checkout does so; the photos are the same
-    assert "trunk, " not in run("--resume", folder).err and rows_of(folder) == rows
+    run("--resume", folder)
+    assert kept() == after and rows_of(folder) == rows
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
