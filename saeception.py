@@ -40,7 +40,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,8 +143,14 @@ def train_sae(
         lr_enc = lr_dec = lr or 0.006 * math.sqrt(256 / d_sae)  # the root: Gao et al.
     else:
         # Ours: TopK learns more in few steps from a small encoder, with a decoder that moves
-        # faster; to begin with 2 k features, falling to k in the first fifth, leaves fewer dead.
-        sae.W_enc.data *= min(0.5, 4 / math.sqrt(h.shape[1]))
+        # faster. Two things leave fewer features dead: to begin with 2 k are active, falling to k
+        # in the first fifth; and where a layer is wide, and random directions are of no example,
+        # each starts turned towards one.
+        examples = sample[torch.randint(len(sample), (d_sae,), generator=generator)]
+        toward = F.normalize(examples - sample.mean(0), dim=1)
+        turned = sae.W_dec.data + min(0.5, h.shape[1] / 2560) * toward
+        sae.W_dec.data = F.normalize(turned, dim=1)
+        sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 4 / math.sqrt(h.shape[1]))
         lr_enc = lr or 0.005 * math.sqrt(256 / d_sae)
         lr_dec = 2 * lr_enc
     encoder, decoder = [sae.W_enc, sae.b_enc], [sae.W_dec, sae.b_dec]
@@ -918,9 +923,7 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
 
 
 # === 9. Trunk pass ================================================================================
-# x = trunk(images), computed once and kept
-
-PER_FILE = 512  # images
+# x = trunk(images), computed once and kept as one file for 2048 images
 
 
 def decoded(image: Tensor | str, size: int) -> Tensor:
@@ -982,27 +985,31 @@ def trunk_features(
     there, or damaged, is made again: a pass may be killed at any time. Raises OSError for a full
     disk or a bad photo, FloatingPointError for features that are not finite.
     """
-    parts = [torch.empty(0)]
+    paths, x, slices = {}, {}, []  # slices: the batches of what is missing
+    for start in range(0, len(images), 2048)[share[0] :: share[1]]:
+        stop = min(start + 2048, len(images))
+        paths[start] = folder / f"{checksum(images[start:stop]):08x}-{stop - start}.npz"
+        try:
+            with np.load(paths[start]) as file:  # tests the checksums that the format has
+                x[start] = torch.from_numpy(file["x"])
+        except Exception:  # it is missing, or each kind of damage has a type of its own
+            x[start] = None
+            slices += [slice(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
+    done = []
     with ThreadPoolExecutor(workers) as pool:
-        for start in progress(range(0, len(images), PER_FILE)[share[0] :: share[1]]):
-            some = images[start : start + PER_FILE]
-            path, x = folder / f"{checksum(some):08x}-{len(some)}.npz", []
-            try:
-                with np.load(path) as file:  # tests the checksums that the format has
-                    x = torch.from_numpy(file["x"])
-            except Exception:  # it is missing, or each kind of damage has a type of its own
-                pass
-            if len(x) == 0:
-                ready = pool.map(partial(decoded, size=size), some)
-                while batch := list(islice(ready, batch_size)):
-                    with torch.autocast(torch.device(device).type, torch.bfloat16, bfloat16):
-                        x.append(trunk(torch.stack(batch).to(device)).float().cpu())
-                x = torch.cat(x)
-                if not x.isfinite().all():
-                    raise FloatingPointError("features are not finite: are the weights whole?")
-                write_whole(path, partial(np.savez, x=x.numpy()))
-            parts.append(x)
-    return torch.cat(parts)
+        for rows in progress(slices):
+            batch = torch.stack([*pool.map(partial(decoded, size=size), images[rows])])
+            with torch.autocast(torch.device(device).type, torch.bfloat16, bfloat16):
+                done.append(
+                    trunk(batch.to(device)).float()
+                )  # a GPU runs while the next are decoded
+            if rows.stop % 2048 == 0 or rows.stop == len(images):  # a file is complete
+                start = (rows.stop - 1) // 2048 * 2048
+                x[start], done = torch.cat(done).cpu(), []
+                if not x[start].isfinite().all():
+                    raise FloatingPointError("the features are not finite: are the weights whole?")
+                write_whole(paths[start], partial(np.savez, x=x[start].numpy()))
+    return torch.cat(list(x.values()) or [torch.empty(0)])  # a share may have no file
 
 
 # === 10. Results ==================================================================================
@@ -1331,7 +1338,7 @@ def cached_splits(config: dict, trunk: nn.Module, splits: dict, share: tuple[int
     options |= {"size": config["image_size"], "bfloat16": config["precision"] == "bfloat16"}
     options |= {"share": share, "workers": max(1, config["workers"] // share[1])}
     trunk, result = trunk.to(config["device"]).eval().requires_grad_(False), {}
-    unit = f"files of {PER_FILE} images"
+    unit = f"batches of {config['batch_size']} images"
     for split, (images, y) in splits.items():
         progress = partial(show_progress, unit=unit, desc=f"trunk, {split} split")
         x = trunk_features(trunk, images, folder, progress=progress, **options)

@@ -729,24 +729,24 @@ def trunk_pass(images, folder, stop=math.inf, **options):
 
 
 def test_features_are_kept_and_what_changed_is_made_again(tmp_path):
-    images, folder = random_images(1200, 4), tmp_path / "deep" / "features"
+    images, folder = random_images(5000, 4), tmp_path / "deep" / "features"
     with pytest.raises(KeyboardInterrupt):
-        trunk_pass(images, folder, stop=10)
+        trunk_pass(images, folder, stop=40)
     seen, x = trunk_pass(images, folder, workers=2)  # what was done before the stop is kept
     assert_close(x, small_trunk()(images).detach())
-    assert seen == 1200 - 512 and trunk_pass(images, folder)[0] == 0
-    file = max(folder.iterdir(), key=os.path.getsize)  # one of the two with 512 images
+    assert seen == 5000 - 2048 and trunk_pass(images, folder)[0] == 0
+    file = max(folder.iterdir(), key=os.path.getsize)  # one of the two with 2048 images
     data, damaged = file.read_bytes(), bytearray(file.read_bytes())
     damaged[len(data) // 2] ^= 1
     for content in (damaged, data[:-9], b""):  # that file, and only that
         file.write_bytes(content)
         seen, again = trunk_pass(images, folder)
-        assert seen == 512 and torch.equal(again, x) and file.read_bytes() == data
+        assert seen == 2048 and torch.equal(again, x) and file.read_bytes() == data
     changed = images.clone()
-    changed[1100] += 1
+    changed[4500] += 1
     seen, again = trunk_pass(changed, folder)
-    assert seen == 1200 - 1024 and (again != x).any(1).nonzero().tolist() == [[1100]]
-    for rank, part in enumerate((512, 512, 176, 0)):  # four processes share it
+    assert seen == 5000 - 4096 and (again != x).any(1).nonzero().tolist() == [[4500]]
+    for rank, part in enumerate((2048, 2048, 904, 0)):  # four processes share it
         assert trunk_pass(images, tmp_path / "shared", share=(rank, 4))[0] == part
     seen, again = trunk_pass(images, tmp_path / "shared")
     assert seen == 0 and torch.equal(again, x)

@@ -23,7 +23,7 @@ except ImportError:
     L = None
 
 
-def sae_lens(h, d_sae, k, l1, lr=1e-3, epochs=10, batch_size=256):
+def sae_lens(h, d_sae, k, l1, epochs, lr=1e-3, batch_size=256):
     """SAELens's own training SAE with its defaults, but better here than with its trainer's: b_dec
     starts at the mean, and gradients are not clipped (else most features die in so few steps)."""
     torch.manual_seed(0)
@@ -60,6 +60,7 @@ def main():
     parser.add_argument("--l1", type=float, nargs="*", default=[1.5, 2])
     parser.add_argument("--k", type=int, nargs="*", default=[32])
     parser.add_argument("--sae-lens-l1", type=float, nargs="*", default=[3])
+    parser.add_argument("--epochs", type=int, default=10)
     a = parser.parse_args()
     torch.set_num_threads(1)
     arrays = np.load(a.features)
@@ -67,10 +68,10 @@ def main():
     train, test = (F.layer_norm(rows, rows.shape[1:]) for rows in x)
 
     def ours(k, l1):
-        return S.train_sae(train, a.d_sae, k, l1, epochs=10, min_steps=1)
+        return S.train_sae(train, a.d_sae, k, l1, epochs=a.epochs, min_steps=1)
 
     def theirs(k, l1):
-        return sae_lens(train, a.d_sae, k, l1)
+        return sae_lens(train, a.d_sae, k, l1, a.epochs)
 
     runs = [("ours", ours, k, 0.0) for k in a.k] + [("ours", ours, None, l1) for l1 in a.l1]
     if L is not None:
