@@ -1,22 +1,13 @@
 # SPDX-License-Identifier: MIT-0
 """SAE-ception: a sparse autoencoder (SAE) as a training signal for a classifier, in one file.
 
-    python saeception.py                                    # rendered digits, nothing to download
-    python saeception.py --dataset mnist                    # the paper's MLP
-    python saeception.py --dataset cifar10 --cycles 3       # ViT-H/14
-    python saeception.py --dataset imagenet --data-dir DIR  # ConvNeXt-V2; DIR/train, DIR/val
+    python saeception.py    # rendered digits, nothing to download; --help shows all options
 
-One cycle, for a classifier with a layer whose output is the activation h [batch, d_in], and where
-it is in this file:
-
-    sections 1, 2  train an SAE on h, which a hook captures: h -> z [batch, d_sae] -> h_hat
-    section 3      per class keep the top_k features with the largest mean z, zero the rest, decode
-    section 4      train on with cross_entropy(logits, y) + weight * aux(h, target)
-    section 5      measure how well the features of a fresh SAE separate the classes
-    section 6      repeat, beside a control arm with the same training and no targets
-
-These sections are the method; they use only torch and nothing below them. Sections 7 to 11 run it
-on the paper's networks and data. What departs from the paper is marked "ours".
+The method: train an SAE on the activations h that a hook captures at a layer of a classifier
+(sections 1, 2), keep the top_k features of each class and decode them (3), train on with the result
+as a target for h (4), measure how well a fresh SAE separates the classes (5), repeat, beside a
+control without targets (6). These sections use only torch and nothing below them; sections 7 to 11
+run them on the paper's networks and data. What departs from the paper is marked "ours".
 
 Result of `python saeception.py --seeds 0 1 2 3 4` after cycle 3 (CPU, torch 2.14): silhouette of h
 .75, control .53; of z .49, control .16; accuracy 1.00 in both (README.md has the other networks).
@@ -60,21 +51,14 @@ from torchvision.transforms import v2
 
 
 class SparseAutoencoder(nn.Module):
-    """Sparse autoencoder: ReLU (Bricken et al. 2023, "Towards Monosemanticity") or, where `k` is
-    given, TopK: the k largest features of each example (Gao et al. 2024, arXiv:2406.04093).
-
-    sae(h) gives (h_hat, z). Names and shapes are those of SAELens: W_enc [d_in, d_sae],
-    b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]. Raises ValueError unless k is None or
-    from 1 to d_sae.
-    """
+    """ReLU SAE (Bricken et al. 2023, "Towards Monosemanticity") or, with k, TopK SAE: the k largest
+    features of each example (Gao et al. 2024, arXiv:2406.04093). Names are those of SAELens."""
 
     def __init__(self, d_in: int, d_sae: int, k: int | None = None, generator=None):
         super().__init__()
-        if k is not None and not 1 <= k <= d_sae:
-            raise ValueError(f"k = {k} is not between 1 and d_sae = {d_sae}")
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-        self.W_dec = nn.Parameter(directions)
+        self.W_dec = nn.Parameter(directions)  # (d_sae, d_in)
         self.W_enc = nn.Parameter(directions.T.contiguous())  # tied at the start, free afterwards
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
@@ -96,10 +80,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
-    """Shuffled index batches of 0..n-1, epoch after epoch. The short batch at the end of each is
-    dropped. ValueError if n is 0."""
-    if n == 0:
-        raise ValueError("no rows to train on")
+    """Shuffled index batches of 0..n-1, epoch after epoch, each without its short last batch."""
     size = min(n, batch_size)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
@@ -120,37 +101,26 @@ def train_sae(
     bfloat16: bool = False,  # products in bfloat16: as good and, on many machines, much faster
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> SparseAutoencoder:
-    """Train a fresh SAE on activations. It comes back frozen and takes h as it is.
-
-    Inside, h is scaled to a mean squared norm of d_in, so that one `l1` suits layers of any scale;
-    in the end the scale is folded into the biases, and z has the scale of h. A line on stderr warns
-    of an SAE that is worse than the mean of h. Raises FloatingPointError for an SAE that is not
-    finite or an h that does not vary, and ValueError for no rows.
-    """
-    h = h.detach()
-    if device is None:
-        device = h.device
-    sample = h[batches(len(h), 4096, 1, seed)[0]].to(device).float()
+    """Train a fresh SAE; it comes back frozen. Inside, h has a mean squared norm of d_in, so that
+    one `l1` suits layers of any scale. FloatingPointError for an SAE that is not finite."""
+    h, d_in = h.detach(), h.shape[1]
+    sample = h[batches(len(h), 4096, 1, seed)[0]].to(device=device, dtype=torch.float32)
     scale = 1 / sample.square().mean().sqrt()
     generator = torch.Generator().manual_seed(seed)
-    sae = SparseAutoencoder(h.shape[1], d_sae, k, generator).to(device)
+    sae = SparseAutoencoder(d_in, d_sae, k, generator).to(sample.device)
     sae.b_dec.data = sample.mean(0) * scale
     if k is None:
-        # Ours: sparse from the start. At 1.28 standard deviations a feature fires for one example
-        # in ten. L1 takes long to make a dense code sparse, and costs error on the way.
-        with torch.autocast(sample.device.type, enabled=False):
-            sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
+        # Ours: sparse from the start, as L1 takes long to make a dense code sparse. Above 1.28
+        # standard deviations a feature fires for one example in ten.
+        sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
         lr_enc = lr_dec = lr or 0.006 * math.sqrt(256 / d_sae)  # the root: Gao et al.
     else:
-        # Ours: TopK learns more in few steps from a small encoder, with a decoder that moves
-        # faster. Two things leave fewer features dead: to begin with 2 k are active, falling to k
-        # in the first fifth; and where a layer is wide, and random directions are of no example,
-        # each starts turned towards one.
+        # Ours: a small encoder and a faster decoder learn more in few steps; features that start
+        # turned towards an example are less often dead.
         examples = sample[torch.randint(len(sample), (d_sae,), generator=generator)]
         toward = F.normalize(examples - sample.mean(0), dim=1)
-        turned = sae.W_dec.data + min(0.5, h.shape[1] / 2560) * toward
-        sae.W_dec.data = F.normalize(turned, dim=1)
-        sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 4 / math.sqrt(h.shape[1]))
+        sae.W_dec.data = F.normalize(sae.W_dec.data + min(0.5, d_in / 2560) * toward, dim=1)
+        sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 4 / math.sqrt(d_in))
         lr_enc = lr or 0.005 * math.sqrt(256 / d_sae)
         lr_dec = 2 * lr_enc
     encoder, decoder = [sae.W_enc, sae.b_enc], [sae.W_dec, sae.b_dec]
@@ -165,11 +135,10 @@ def train_sae(
         fall = min(1, 5 * (1 - part_done))
         for group, lr_start in zip(optimizer.param_groups, (lr_enc, lr_dec), strict=True):
             group["lr"] = lr_start * fall
-        if k is not None:
+        if k is not None:  # ours: 2 k at the start, k after a fifth, which leaves fewer dead
             sae.k = min(d_sae, int(k * 2 ** max(0, 1 - 5 * part_done)))
-        batch = h[index].to(device).float() * scale  # (B, d_in)
-        # No cache: in an autocast of the caller's, weights would stay as they were at first.
-        with torch.autocast(batch.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
+        batch = h[index].to(sample) * scale  # (B, d_in)
+        with torch.autocast(batch.device.type, torch.bfloat16, bfloat16):
             h_hat, z = sae(batch)
         loss = (h_hat - batch).square().sum(1).mean()
         if k is None:
@@ -177,20 +146,20 @@ def train_sae(
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
-            # Rows keep norm 1, or a small z and a large W_dec would get around the L1 term. The
-            # gradient along a row changes its norm alone: Adam does not see it (Bricken et al.).
+            # Rows keep norm 1: a small z with a large W_dec would get around the L1 term. Adam does
+            # not see the gradient along a row, which changes only its norm (Bricken et al.).
             W_dec, gradient = sae.W_dec, sae.W_dec.grad
             gradient -= (gradient * W_dec).sum(1, keepdim=True) * W_dec
             optimizer.step()
             W_dec /= W_dec.norm(dim=1, keepdim=True)
-            # Ours, in place of the resampling of dead features of Bricken et al.: a feature that
-            # the batch does not use gets no gradient; its bias rises until it is used.
+            # Ours, in place of Bricken et al.'s resampling: a feature that the batch does not use
+            # gets no gradient; its bias rises until it is used.
             unused = z.sum(0) == 0  # (d_sae,)
-            sae.b_enc += 0.1 * lr_enc * fall * math.sqrt(h.shape[1]) * unused
+            sae.b_enc += 0.1 * lr_enc * fall * math.sqrt(d_in) * unused
 
     sae.k = k
     sae.requires_grad_(False)
-    sae.b_enc /= scale
+    sae.b_enc /= scale  # fold the scale into the biases: z has the scale of h
     sae.b_dec /= scale
     # Fraction of variance unexplained; where h does not vary, only rounding is below the line.
     fvu = (sample - sae(sample)[0]).square().sum() / (sample - sample.mean(0)).square().sum()
@@ -202,59 +171,34 @@ def train_sae(
 
 
 # === 2. Hook capture ==============================================================================
-# h = output of one layer of the classifier, gradient attached
 
 
 @contextlib.contextmanager
 def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
-    """Within `with capture(layer) as seen:`, `seen.h` is the layer's last output, [B, d_in].
-
-    The gradient is attached: a loss on `seen.h` trains the layer and what is below it. Tokens
-    [B, T, D] give the class token, maps [B, C, H, W] their mean over H and W. Others: ValueError.
-    """
-    seen = SimpleNamespace(h=None)
+    """Within `with capture(layer) as seen:`, `seen.h` is the layer's last output [B, d_in], through
+    which gradients flow: of tokens [B, T, D] the class token, of maps [B, C, H, W] their mean."""
+    seen = SimpleNamespace()
 
     def hook(module, inputs, output):
-        ndim, kind = getattr(output, "ndim", 0), type(module)
-        if ndim == 3:
-            output = output[:, 0]  # the class token
-        elif ndim == 4 and kind not in (nn.LayerNorm, nn.Linear):  # they have channels last
+        if output.ndim == 3:
+            output = output[:, 0]
+        elif output.ndim == 4:
             output = output.mean((2, 3))
-        elif ndim != 2:
-            raise ValueError(f"{kind.__name__} gives none of [B, D], [B, T, D], [B, C, H, W]")
         seen.h = output.clone()  # a later layer that works in place must not change it
 
-    handle = layer.register_forward_hook(hook)
-    try:
+    with layer.register_forward_hook(hook):  # removes the hook in the end
         yield seen
-    finally:
-        handle.remove()
-
-
-def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The submodule called `name`; ValueError with the names that exist if there is none."""
-    layers = dict(model.named_modules(remove_duplicate=False))
-    if not name or name not in layers:
-        raise ValueError(f"no layer {name!r}; the layers are {', '.join(filter(None, layers))}")
-    return layers[name]
 
 
 @torch.no_grad()
 def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
-    """h [N, d_in] and logits [N, n_classes] of inputs x [N, ...], on x's device, in chunks. Leaves
-    the model in eval mode. ValueError unless layer and model give a row for each example."""
+    """h [N, d_in] and logits [N, n_classes] of x [N, ...], in chunks, in eval mode, where x is."""
     h, logits, device = [], [], next(model.parameters()).device
     model.eval()
-    with capture(find_layer(model, layer)) as seen:
-        for start in range(0, len(x), chunk):
-            rows = x[start : start + chunk].to(device)
-            output = model(rows)
-            seen_both = seen.h is not None and isinstance(output, Tensor)
-            if not (seen_both and len(seen.h) == len(output) == len(rows)):
-                raise ValueError(f"the model has to call {layer!r} (compiled, it does not) and to "
-                                 "return a tensor, both with a row per example")  # fmt: skip
+    with capture(model.get_submodule(layer)) as seen:
+        for part in x.split(chunk):
+            logits.append(model(part.to(device)).to(x.device))
             h.append(seen.h.to(x.device))
-            logits.append(output.to(x.device))
     return torch.cat(h), torch.cat(logits)
 
 
@@ -263,10 +207,7 @@ def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tu
 
 
 def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tensor.float) -> Tensor:
-    """Mean of transform(v) over each class, [n_classes, D]; zeros for a class without examples.
-    v [N, D]; y [N] class numbers. ValueError if v and y differ in length."""
-    if len(v) != len(y):
-        raise ValueError(f"{len(v)} rows but {len(y)} classes of rows")
+    """Mean of transform(v [N, D]) over each class of y [N], [n_classes, D]; zeros if none."""
     total, y = 0, y.long()
     for part, labels in zip(v.split(2048), y.split(2048), strict=True):
         part = transform(part)  # in parts: what h becomes as z may not fit into memory
@@ -274,22 +215,17 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tenso
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
 
-def class_top_k(
-    v: Tensor, y: Tensor, n_classes: int, top_k: int, transform: Callable = Tensor.float
-) -> Tensor:
-    """Which features each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean
-    over the class's examples. Ours: one that they never use is not kept. v: z [N, d_sae], or h with
-    transform=sae.encode; y [N] class numbers. ValueError unless 1 <= top_k <= d_sae."""
+def class_top_k(v: Tensor, y: Tensor, n_classes: int, top_k: int, transform=Tensor.float) -> Tensor:
+    """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean.
+    v: z [N, d_sae], or h with transform=sae.encode. Ours: one that is never used is not kept."""
     z_mean = class_mean(v, y, n_classes, transform)  # (n_classes, d_sae)
-    if not 1 <= top_k <= z_mean.shape[1]:
-        raise ValueError(f"top-k = {top_k} is not between 1 and d_sae = {z_mean.shape[1]}")
     top = z_mean.topk(top_k, dim=1)
     return torch.zeros_like(z_mean, dtype=torch.bool).scatter(1, top.indices, top.values > 0)
 
 
 def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """z [N, d_sae] without the features that the example's class, y [N], does not keep."""
-    return z * mask[y.long().to(mask.device)]
+    return z * mask[y.long()]
 
 
 @torch.no_grad()
@@ -304,9 +240,8 @@ def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int) -> 
 
 
 # === 4. Combined loss =============================================================================
-# loss = cross_entropy(logits, y) + weight * (1 - t) * aux(h, target)
-# aux = mean squared error / variance of h,  or  1 - cosine similarity
-# t, the share of the steps done, goes from 0 to 1
+# loss = cross_entropy(logits, y) + weight * (1 - t) * aux(h, target)      t: 0 to 1 over the steps
+# aux = mean squared error / variance of h  or  1 - cosine similarity
 
 
 def fit(
@@ -324,29 +259,17 @@ def fit(
     seed: int = 0,  # of the order of the batches, of dropout and of `augment`
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> None:
-    """Train, or train on, with the combined loss.
-
-    Ours: the squared error is divided by the variance of h, averaged over its d_in components and
-    taken once at the start from up to 4096 examples, so that one `weight` suits any layer.
-    Raises FloatingPointError, with the epoch, if the loss diverges, and ValueError for what does
-    not fit together.
-    """
-    if aux_loss not in ("mse", "cosine"):
-        raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
-    if len(y) != len(x):
-        raise ValueError(f"{len(x)} inputs, but {len(y)} class numbers")
+    """Train, or train on, with the combined loss. Raises FloatingPointError if it diverges, and
+    ValueError if `targets` cannot train anything."""
     if targets is not None:
         h, _ = activations(model, layer, x[batches(len(x), 4096, 1, seed)[0]])
-        variance = h.var(0).mean().item()
-        if targets.shape != (len(x), h.shape[1]):
-            raise ValueError(f"targets have to be [{len(x)}, {h.shape[1]}], as h")
-
+        variance = h.var(0).mean().item()  # ours: divided by it, one `weight` suits any layer
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = batches(len(x), batch_size, epochs, seed)
     model.train()
-    with capture(find_layer(model, layer)) as seen:
+    with capture(model.get_submodule(layer)) as seen:
         for step, index in enumerate(progress(steps)):
             inputs, labels = x[index].to(device), y[index].to(device).long()
             if augment is not None:
@@ -358,10 +281,11 @@ def fit(
                     raise ValueError(f"nothing that is trained is in or below layer {layer!r}")
                 if aux_loss == "mse":
                     aux = (h - target).square().mean() / variance
-                else:
+                elif aux_loss == "cosine":
                     aux = (1 - F.cosine_similarity(h, target)).mean()
-                # Ours: the weight falls. The targets are of the model as it was at the start; as
-                # it moves on, they say less and less.
+                else:
+                    raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
+                # Ours: the weight falls, as the targets are of the model as it was at the start.
                 loss = task_loss + weight * (1 - step / len(steps)) * aux
             optimizer.zero_grad()
             loss.backward()
@@ -374,172 +298,117 @@ def fit(
 
 
 # === 5. Metrics ===================================================================================
-# silhouette of a point = (b - a) / max(a, b)
-#     a, b: mean distance to the points of its own class, of the nearest other class
-# Davies-Bouldin = mean over i of max over j of (spread_i + spread_j) / distance(centre_i, centre_j)
-#     spread: mean distance of a class's points to their centre
-# U of a feature = I(fires; class) / H(fires) = 1 - H(fires | class) / H(fires)
-# selectivity of a feature = (mu_max - mu_other) / (mu_max + mu_other)     mu: its class means
+# x, z [N, D]; labels [N], with 2 to N - 1 different ones, or ValueError
 
 
-def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Points x [N, D], checked, in float32 or float64; labels as 0..C-1 [N]; cluster sizes [C]."""
-    x = torch.as_tensor(x)
+def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x as float32 or float64; labels as 0..C-1 [N]; cluster sizes [C] and means [C, D]."""
     if x.device.type == "mps":  # has no float64
         x = x.cpu()
     if x.dtype != torch.float32:
         x = x.double()
-    labels = torch.as_tensor(labels, device=x.device)
-    _, labels, size = labels.unique(return_inverse=True, return_counts=True)
-    if x.ndim != 2 or labels.shape != x.shape[:1] or not 2 <= len(size) <= len(x) - 1:
-        raise ValueError("[N, D] points need as many labels, from 2 to N - 1 different")
-    if not torch.linalg.vector_norm(x, torch.inf).isfinite():
-        raise ValueError("some points are not finite")
-    return x, labels, size
+    _, labels, size = labels.to(x.device).unique(return_inverse=True, return_counts=True)
+    if not 2 <= len(size) <= len(x) - 1:
+        raise ValueError(f"{len(x)} points with {len(size)} different labels: need 2 to N - 1")
+    return x, labels, size, class_mean(x, labels, len(size), Tensor.double)
 
 
-def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 256) -> float:
-    """Mean silhouette (Rousseeuw 1987), Euclidean and exact: -1 to 1, high is well separated.
-
-    x [N, D], labels [N]; a cluster of one point counts 0. Raises ValueError for fewer than 2 or
-    more than N - 1 different labels, as the next two scores do."""
-    points, labels, size = _clusters(x, labels)
-    x = points - points.mean(0, dtype=torch.float64).to(points.dtype)
-    scale = torch.linalg.vector_norm(x, torch.inf).clamp_min(1e-37) * math.sqrt(x.shape[1])
-    x /= scale  # a silhouette has no scale; now norms are at most 1
-    norm = torch.linalg.vector_norm(x, dim=1).square()  # (N,)
-    member = F.one_hot(labels).to(x.dtype)  # (N, C)
+def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 512) -> float:
+    """Mean of (b - a) / max(a, b) (Rousseeuw 1987), -1 to 1, high is well separated: a, b are a
+    point's mean distances to its own cluster and to the nearest other; alone in its own, 0."""
+    x, labels, size, centre = _clusters(x, labels)
+    x = x - (size.double() @ centre / len(x)).to(x)
+    norm = x.square().sum(1)  # (N,)
+    member = F.one_hot(labels).to(x)  # (N, C)
     sums = torch.zeros_like(member, dtype=torch.float64)  # of distances to each cluster
-    probe = (x[:256] @ x[:256].T).diagonal()
-    rough = (probe - norm[:256]).abs().max() > 2e-6 * norm.max()  # products in TF32 or bfloat16
     for i in range(0, len(x), chunk):
         part, rest = slice(i, i + chunk), slice(i, None)  # by symmetry, those before are done
         # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
-        square = torch.addmm(norm[rest], x[part], x[rest].T, alpha=-2)
-        square.add_(norm[part, None])
-        if x.dtype == torch.float64:  # between equal points only rounding is left
-            equal = square <= 4e-15 * (norm[part, None] + norm[rest])
-            square.masked_fill_(equal, 0)
-        else:  # float32 is exact enough but for close points: these are subtracted
-            close = square <= 1e-3 * (norm[part, None] + norm.max())
-            n, m = close.nonzero(as_tuple=True)
-            if rough or (len(n) - chunk) * x.shape[1] > 3 * square.numel():
-                return silhouette_score(points.double(), labels, chunk)
-            square[n, m] = ((points[i + n] - points[i + m]) / scale).square().sum(1)
-        distance = square.sqrt_()
-        sums[part] += distance @ member[rest]
-        sums[i + chunk :] += distance[:, chunk:].T @ member[part]
-    own = labels[:, None]
-    a = sums.gather(1, own)[:, 0] / (size[labels] - 1).clamp_min(1)
-    b = sums.div_(size).scatter_(1, own, torch.inf).amin(1)
+        square = torch.addmm(norm[part], x[rest], x[part].T, alpha=-2) + norm[rest, None]
+        error = square.diagonal().abs().max()  # a point is at distance 0 from itself
+        if x.dtype == torch.float32:  # exact enough but for close points: these are subtracted
+            n, m = (~(square > 1e3 * error)).nonzero(as_tuple=True)
+            if (len(n) - chunk) * x.shape[1] > 5 * square.numel():
+                return silhouette_score(x.double(), labels, chunk)
+            square[n, m] = (x[i + n] - x[i + m]).square().sum(1)
+        distance = square.fill_diagonal_(0).clamp_min_(0).sqrt_()
+        sums[rest] += distance @ member[part]
+        sums[part] += distance[chunk:].T @ member[i + chunk :]
+    mean = sums / (size - member).clamp_min(1)  # over other points than itself
+    a = (mean * member).sum(1)
+    b = mean.masked_fill(member == 1, torch.inf).amin(1)
     s = ((b - a) / torch.maximum(a, b)).nan_to_num(0)  # 0/0: all the points are one
     return s.where(size[labels] > 1, 0).mean().item()
 
 
-def _centroids(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centroids [C, D]; each point's distance to its own [N]; labels [N]; cluster sizes [C]."""
-    x, labels, size = _clusters(x, labels)
-    centroids = class_mean(x, labels, len(size), Tensor.double)
-    parts = zip(x.split(2048), labels.split(2048), strict=True)
-    distance = torch.cat([(part - centroids[own]).norm(dim=1) for part, own in parts])
-    return centroids, distance, labels, size
-
-
 def davies_bouldin_score(x: Tensor, labels: Tensor) -> float:
-    """Davies-Bouldin index (1979): from 0 up, low is well separated. x [N, D], labels [N]. Where no
-    spread, or no distance between centroids, is over 1e-8 it is 0, as in scikit-learn."""
-    centroids, distance, labels, size = _centroids(x, labels)
-    spread = labels.bincount(weights=distance) / size
-    between = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
-    if spread.max() < 1e-8 or between.max() < 1e-8:
-        return 0.0
-    ratio = (spread[:, None] + spread) / between.masked_fill(between == 0, torch.inf)
-    return ratio.amax(1).mean().item()
+    """Mean over i of max over j of (spread_i + spread_j) / distance(centre_i, centre_j) (Davies and
+    Bouldin 1979), from 0 up, low is well separated. spread: mean distance to the centre."""
+    x, labels, size, centre = _clusters(x, labels)
+    spread = labels.bincount((x - centre[labels]).norm(dim=1)) / size  # (C,)
+    between = torch.cdist(centre, centre, compute_mode="donot_use_mm_for_euclid_dist")
+    between[between == 0] = torch.inf  # as in scikit-learn: such a pair does not count
+    return ((spread[:, None] + spread) / between).amax(1).mean().item()
 
 
 def calinski_harabasz_score(x: Tensor, labels: Tensor) -> float:
     """Variance between over variance within clusters, each per degree of freedom (Calinski and
-    Harabasz 1974): from 0 up, high is well separated. x [N, D], labels [N]; 1 if nothing varies
-    within."""
-    centroids, distance, _, size = _centroids(x, labels)
-    n, c, within = len(distance), len(size), distance.square().sum()
-    mean = size.double() @ centroids / n
-    between = (size[:, None] * (centroids - mean).square()).sum()
-    return (between / within * (n - c) / (c - 1)).item() if within > 0 else 1.0
+    Harabasz 1974): from 0 up, high is well separated."""
+    x, labels, size, centre = _clusters(x, labels)
+    within = (x - centre[labels]).square().sum() / (len(x) - len(size))
+    mean = size.double() @ centre / len(x)
+    between = (size.double() @ (centre - mean).square()).sum() / (len(size) - 1)
+    return (between / within).item()
 
 
 def adjusted_rand_score(a: Tensor, b: Tensor) -> float:
-    """Adjusted Rand index of two labelings [N] (Hubert and Arabie 1985): 1 same, 0 by chance.
-    Raises ValueError if their lengths differ or are zero."""
-    a, b = (torch.as_tensor(v).cpu().unique(return_inverse=True)[1] for v in (a, b))
-    if a.shape != b.shape or len(a) == 0:
-        raise ValueError(f"need two labels for each point, got {len(a)} and {len(b)}")
-    sizes = (v.unique(return_counts=True)[1] for v in (a, b, a * (b.max() + 1) + b))
-    same_a, same_b, both = (int((n * (n - 1) // 2).sum()) for n in sizes)  # pairs of points
-    if same_a == same_b == both:
+    """Adjusted Rand index of two labelings [N] (Hubert and Arabie 1985): 1 same, 0 by chance."""
+
+    def same(labels):  # number of pairs of points with the same label
+        n = labels.cpu().unique(dim=0, return_counts=True)[1]
+        return (n * (n - 1)).sum().item() // 2
+
+    same_a, same_b, same_both = same(a), same(b), same(torch.stack([a, b], 1))
+    if same_a == same_b == same_both:
         return 1.0
-    chance = same_a * same_b / (len(a) * (len(a) - 1) // 2)
-    return (both - chance) / ((same_a + same_b) / 2 - chance)
+    chance = same_a * same_b / math.comb(len(a), 2)
+    return (same_both - chance) / ((same_a + same_b) / 2 - chance)
 
 
 def uncertainty_coefficient(z: Tensor, labels: Tensor) -> float:
-    """Theil's U = I(feature fires; class) / H(feature fires): the share of a feature's firing,
-    z > 0, that the class explains. Mean over the features that fire on some but not all examples,
-    0 if there is none. z [N, d_sae], labels [N]; 0 to 1."""
+    """Theil's U = 1 - H(fires | class) / H(fires), 0 to 1: the share of a feature's firing, z > 0,
+    that the class explains. Mean over the features that fire on some but not all examples."""
 
     def entropy(p):  # of a coin, in nats; the ratio has no unit
         return torch.special.entr(p) + torch.special.entr(1 - p)
 
-    z, labels = torch.as_tensor(z).cpu(), torch.as_tensor(labels).cpu()
-    labels = labels.unique(return_inverse=True)[1]
-    p_class = labels.bincount().double() / len(labels)  # (C,)
-    p_fires = class_mean(z > 0, labels, len(p_class), Tensor.double)  # (C, d_sae)
+    _, _, size, p_fires = _clusters(z > 0, labels)  # (C, d_sae)
+    p_class = size.double() / len(z)  # (C,)
     entropy_fires = entropy(p_class @ p_fires)  # (d_sae,)
     u = 1 - p_class @ entropy(p_fires) / entropy_fires
-    u = u[entropy_fires > 1e-9]
-    return u.mean().item() if len(u) else 0.0
+    return u[entropy_fires > 1e-9].mean().nan_to_num(0).item()
 
 
 def class_selectivity_index(z: Tensor, labels: Tensor) -> float:
-    """Mean over features of (mu_max - mu_other) / (mu_max + mu_other): mu_max the largest class
-    mean of relu(z), mu_other the mean of the other classes' means (Morcos et al. 2018,
-    arXiv:1803.06959). Features without a positive value are left out; 0 if all are. z [N, d_sae],
-    labels [N] of two classes or more; 0 (all classes alike) to 1 (one class only)."""
-    z, labels = torch.as_tensor(z), torch.as_tensor(labels)
-    labels = labels.to(z.device).unique(return_inverse=True)[1]
-    n_classes = int(labels.max()) + 1
-    mu = class_mean(z, labels, n_classes, lambda part: part.float().relu())  # (C, d_sae)
+    """Mean over features that fire of (mu_max - mu_other) / (mu_max + mu_other), 0 to 1: largest
+    class mean of relu(z), and the mean of the others (Morcos et al. 2018, arXiv:1803.06959)."""
+    mu = _clusters(z.relu(), labels)[3]  # (C, d_sae)
     mu_max = mu.amax(0)
-    mu_other = (mu.sum(0) - mu_max) / (n_classes - 1)
+    mu_other = (mu.sum(0) - mu_max) / (len(mu) - 1)
     index = (mu_max - mu_other) / (mu_max + mu_other)
     return index[mu_max > 0].mean().nan_to_num(0).item()
 
 
 # === 6. Cycles ====================================================================================
-# for each cycle and arm:
-#     targets = arm(sae, h, y)    fit(net, targets)    sae = train_sae(new h)    measure(net, sae)
-# The SAE that measures a cycle also makes the targets of the next.
-
+# targets = arm(sae, h, y)      fit(net, targets)      sae = train_sae(new h)      measure(net, sae)
 # An arm is a function (sae, h [N, d_in], y [N], n_classes, top_k) -> targets [N, d_in], or None for
-# no targets; the sae was trained on this h. Each arm continues its own copy of the baseline. Those
-# beside sae-ception are ours.
-
-
-def class_mean_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
-    """The mean h of each example's class [N, d_in]: no SAE is in it."""
-    return class_mean(h, y, n_classes)[y.long()]
-
-
-def reconstruction_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
-    """What the SAE makes of h [N, d_in]: each class keeps all its features."""
-    return sharpened_targets(sae, h, y, n_classes, top_k=len(sae.W_dec))
-
-
+# no targets. The sae was trained on this h, to measure the cycle before.
 ARMS = {
     "sae-ception": sharpened_targets,
     "control": None,
-    "reconstruction": reconstruction_targets,
-    "class-mean": class_mean_targets,
+    # Ours: what the SAE makes of h with all features; the mean h of the class, no SAE in it.
+    "reconstruction": lambda sae, h, y, n, top_k: sharpened_targets(sae, h, y, n, len(sae.W_dec)),
+    "class-mean": lambda sae, h, y, n, top_k: class_mean(h, y, n)[y.long()],
 }
 
 
@@ -548,8 +417,8 @@ def measure(model: nn.Module, layer: str, sae, x: Tensor, y: Tensor) -> dict[str
     """Accuracy of the model, quality of the SAE, and how well the classes are separated: in the
     SAE's features z and, with h_ in front, in h itself. A score that is not defined is nan."""
     h, logits = activations(model, layer, x)
-    h, logits, y = h.to(sae.W_dec), logits.to(sae.W_dec), y.to(sae.W_dec.device)
     z = sae.encode(h)
+    h, logits, y = h.to(z), logits.to(z), y.to(z.device)
     row = {
         "accuracy": (logits.argmax(1) == y).double().mean().item(),
         "adjusted_rand": adjusted_rand_score(z.argmax(1), y),  # of each example's largest feature
@@ -557,20 +426,19 @@ def measure(model: nn.Module, layer: str, sae, x: Tensor, y: Tensor) -> dict[str
         "dead": (z == 0).all(0).double().mean().item(),  # share of features that fire for none
         "fvu": ((h - sae.decode(z)).square().sum() / (h - h.mean(0)).square().sum()).item(),
     }
-    metrics = {
-        "silhouette": silhouette_score,
-        "davies_bouldin": davies_bouldin_score,
-        "calinski_harabasz": calinski_harabasz_score,
-        "class_selectivity": class_selectivity_index,
-        "uncertainty": uncertainty_coefficient,
-    }
     # A unit of h, which may have no natural zero, "fires" above its 75th percentile.
     active = h > h.kthvalue(3 * (len(h) - 1) // 4 + 1, dim=0).values
-    for name, metric in metrics.items():
+    scores = {
+        "silhouette": (silhouette_score, h),
+        "davies_bouldin": (davies_bouldin_score, h),
+        "calinski_harabasz": (calinski_harabasz_score, h),
+        "class_selectivity": (class_selectivity_index, h),
+        "uncertainty": (uncertainty_coefficient, active),
+    }
+    for name, (score, h_or_active) in scores.items():
         row[name] = row[f"h_{name}"] = math.nan
         if 2 <= len(y.unique()) < len(y):
-            row[name] = metric(z, y)
-            row[f"h_{name}"] = metric(active if name == "uncertainty" else h, y)
+            row[name], row[f"h_{name}"] = score(z, y), score(h_or_active, y)
     return row
 
 
@@ -584,7 +452,7 @@ def restore(model: nn.Module, state: dict, arm: str) -> tuple[nn.Module, SparseA
 
 
 def saeception(
-    model: nn.Module,  # a classifier; its weights are not changed, but it is left in eval mode
+    model: nn.Module,  # a classifier; its weights are not changed
     layer: str,  # name of the layer whose output is h
     train: tuple[Tensor, Tensor],  # inputs [N, ...] and class numbers [N]
     test: tuple[Tensor, Tensor],
@@ -602,61 +470,43 @@ def saeception(
     state: dict | None = None,  # what an earlier call yielded last, to go on from there
     progress: Callable = lambda steps, desc: steps,  # called with desc=..., as tqdm.tqdm
 ) -> Iterator[dict]:
-    """The method. Yields a state after the baseline, which is cycle 0, and after each cycle of each
-    arm: `rows` has a dict of measurements for each of these, `restore` makes models and SAEs of it,
-    and torch.save keeps it.
-
-    Each arm goes on from the baseline with the same batches in the same order. What `state` has is
-    not done again: more `cycles` or `arms` than before are added. Raises ValueError for labels that
-    do not fit the model, and what `fit` and `train_sae` raise.
-    """
+    """Yields a state after the baseline, which is cycle 0, and after each cycle of each arm: `rows`
+    are the measurements, `restore` makes models and SAEs of it, torch.save keeps it. To a given
+    `state`, cycles and arms that it lacks are added. Raises what `fit` and `train_sae` raise."""
     x, y = train
-    sae_settings = {"device": next(model.parameters()).device} | (sae_options or {})
-    n_classes = activations(model, layer, x[:2])[1].shape[1]
-    for _, labels in (train, test, val or test):
-        if labels.is_floating_point() or labels.min() < 0 or labels.max() >= n_classes:
-            raise ValueError(f"class numbers have to be whole, from 0 to {n_classes - 1}")
-    if arms is None:
-        arms = {name: ARMS[name] for name in ("sae-ception", "control")}
+    arms = arms or {name: ARMS[name] for name in ("sae-ception", "control")}
+    sae_options = {"device": next(model.parameters()).device} | (sae_options or {})
     state = state or {"rows": [], "sae_k": sae_k, "models": {}, "saes": {}}
-    if state["sae_k"] != sae_k:
-        raise ValueError(f"the SAEs of this state have sae_k = {state['sae_k']}")
     done = {(row["cycle"], row["arm"]) for row in state["rows"]}  # in an earlier call
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
-    for cycle, arm in plan:
-        if (cycle, arm) in done:
-            continue
-        start = time.perf_counter()
-        what = f"seed {seed} cycle {cycle} {arm}"
-        options = fit_options or {}
+    for cycle, arm in [stage for stage in plan if stage not in done]:
+        start, what = time.perf_counter(), f"seed {seed} cycle {cycle} {arm}"
+        options = {"seed": 1000 * seed + cycle} | (fit_options or {})  # the same for every arm
         targets = None
         if cycle == 0:
             net = copy.deepcopy(model)
-            options = options | {"epochs": baseline_epochs}
+            options["epochs"] = baseline_epochs
         else:
-            # The arm's model after its last cycle, and the SAE that was trained on its h.
             before = "baseline" if cycle == 1 else arm
-            net, sae = restore(model, state, before)
+            net, sae = restore(model, state, before)  # the sae was trained on the h of this net
             if arms[arm] is not None:
-                h, _ = activations(net, layer, x)
-                targets = arms[arm](sae, h, y.to(h.device), n_classes, top_k)
+                h, logits = activations(net, layer, x)
+                targets = arms[arm](sae, h, y.to(h.device), logits.shape[1], top_k)
         try:
-            common = {"seed": 1000 * seed + cycle}  # the same batches in every arm
             show = partial(progress, desc=f"{what}: train")
-            fit(net, layer, x, y, targets, weight, progress=show, **common, **options)
+            fit(net, layer, x, y, targets, weight, progress=show, **options)
             h = targets = None  # they may be large: room for the new h
             h, _ = activations(net, layer, x)
             show = partial(progress, desc=f"{what}: SAE")
-            sae = train_sae(h, d_sae, sae_k, progress=show, **common, **sae_settings)
+            sae = train_sae(h, d_sae, sae_k, seed=options["seed"], progress=show, **sae_options)
         except FloatingPointError as error:
             raise FloatingPointError(f"{what}: {error}") from error
         row = {"seed": seed, "cycle": cycle, "arm": arm} | measure(net, layer, sae, *test)
         if val is not None:
             row |= {f"val_{name}": value for name, value in measure(net, layer, sae, *val).items()}
         row["seconds"] = time.perf_counter() - start
-        state = {  # a new one: a state does not change once it is yielded
+        state = state | {  # a new one: a state does not change once it is yielded
             "rows": state["rows"] + [row],
-            "sae_k": sae_k,
             "models": state["models"] | {arm: net.state_dict()},
             "saes": state["saes"] | {arm: sae.state_dict()},
         }
@@ -1322,7 +1172,9 @@ def build(config: dict, names: list[str], seed: int) -> tuple[nn.Module, nn.Modu
         trunk, model, _ = imagenet_convnext(arch, n_classes, weights)
     if config["tune"] == "all":
         model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
-    find_layer(model, config["layer"])
+    layers = dict(model.named_modules())
+    if config["layer"] not in layers:
+        raise ValueError(f"--layer: the layers are {', '.join(filter(None, layers))}")
     return trunk, model
 
 

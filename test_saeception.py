@@ -142,8 +142,6 @@ def test_train_sae_reconstructs_repeatably_and_as_well_in_bfloat16(k):
     assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
     assert fvu(sae, h) < 0.1 and (sae.encode(h) > 0).sum(1).float().mean() <= (k or 25)
     assert fvu(rough, h) < 1.2 * fvu(sae, h) + 0.01 and rough.W_dec.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):  # of a caller, who may have one around everything
-        assert same_parameters(train(bfloat16=True), rough)
 
 
 def test_min_steps_adds_epochs_where_rows_are_few_and_too_few_steps_warn(capsys):
@@ -178,8 +176,8 @@ def test_train_sae_takes_activations_of_any_kind_and_scale():
 # === 2. Hook capture ===
 
 
-def test_capture_of_vectors_tokens_maps_and_nothing_else():
-    identity, lstm, norm = nn.Identity(), nn.LSTM(3, 3), nn.LayerNorm(3)
+def test_capture_of_vectors_tokens_and_maps():
+    identity = nn.Identity()
     shapes = ((5, 3), (5, 7, 3), (5, 3, 4, 4))
     vectors, tokens, maps = (torch.randn(shape, requires_grad=True) for shape in shapes)
     for t, h in ((vectors, vectors), (tokens, tokens[:, 0]), (maps, maps.mean((2, 3)))):
@@ -187,29 +185,16 @@ def test_capture_of_vectors_tokens_maps_and_nothing_else():
             identity(t)
         assert_close(seen.h, h)
         assert seen.h.requires_grad
-    for layer, shape in ((lstm, (2, 5, 3)), (norm, (2, 4, 4, 3))):  # the latter: channels last
-        with pytest.raises(ValueError, match="none of"), S.capture(layer) as seen:
-            layer(torch.randn(shape))
-        assert seen.h is None and not layer._forward_hooks  # no hook is left behind
+    assert not identity._forward_hooks  # no hook is left behind
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
     with S.capture(model[0]) as seen:
         model(vectors)
     assert_close(seen.h, model[0](vectors))  # before the work in place
 
 
-def test_activations_in_chunks_of_named_layers_and_what_cannot_be_watched():
-    model, unused, pair = small_net(), small_net(), small_net()
-    model[1].alias = model[0]  # each name of a shared module is good
-    for name, end in (("1", 2), ("1.alias", 1)):
-        assert_close(S.activations(model, name, X, chunk=37), (model[:end](X), model(X)))
-    unused[1].more = nn.ReLU()
-    pair.register_forward_hook(lambda module, inputs, logits: (logits, 1))  # returns no tensor
-    compiled = torch.compile(small_net().eval(), backend="eager")
-    with torch.no_grad():
-        compiled(X[:128])  # a chunk; from now on it does not look for new hooks
-    for model, layer in ((unused, "1.more"), (pair, "1"), (compiled, "_orig_mod.1")):
-        with pytest.raises(ValueError, match=f"the model has to call '{layer}'"):
-            S.activations(model, layer, X)
+def test_activations_in_chunks():
+    model = small_net()
+    assert_close(S.activations(model, "1", X, chunk=37), (model[:2](X), model(X)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -340,11 +325,11 @@ def test_silhouette_at_any_scale_and_in_spite_of_rough_products():
     assert found == pytest.approx([naive_scores(x, y)[0]] * len(found), rel=1e-5)
 
 
-def test_cluster_metrics_of_classes_that_are_one_point_each_or_all_the_same_one():
+def test_silhouette_and_davies_bouldin_of_classes_that_are_one_point_each_or_the_same():
     y = torch.arange(10) // 5
     one_place, two_places = torch.full((10, 2), 0.1), torch.randn(2, 3)[y]
-    assert [score(one_place, y) for score in SCORES] == [0, 0, 1]
-    assert [score(two_places, y) for score in SCORES] == [pytest.approx(1), 0, 1]
+    assert [score(one_place, y) for score in SCORES[:2]] == [0, 0]
+    assert [score(two_places, y) for score in SCORES[:2]] == [pytest.approx(1), 0]
 
 
 def test_adjusted_rand():
@@ -447,32 +432,16 @@ def test_states_do_not_change_and_are_saved_to_go_on(tmp_path):
     rows = final(small_net(), DATA, DATA, state=state)["rows"]
     assert rows[:4] == states[3]["rows"]  # they are not done again
     assert untimed(rows) == untimed(states[-1]["rows"])
-    with pytest.raises(ValueError, match="have sae_k = None"):
-        final(model, DATA, DATA, state=state, sae_k=4)
 
 
 @pytest.mark.parametrize("message, call", [
-    ("k = 21 is not", lambda: S.SparseAutoencoder(6, 20, 21)),
-    ("no rows", lambda: S.train_sae(torch.ones(0, 3), 8)),
-    ("'no'; the layers are 0, 1, 2", lambda: S.activations(small_net(), "no", X)),
-    ("400 rows but 399 classes", lambda: S.class_mean(X, Y[1:], 4)),
-    ("top-k = 7 is not", lambda: S.class_top_k(X, Y, 4, 7)),
     ("'l2' is neither", lambda: S.fit(small_net(), "1", X, Y, TARGETS, aux_loss="l2")),
-    ("have to be .400, 8., as h", lambda: S.fit(small_net(), "1", X, Y, TARGETS[:, :1])),
-    ("400 inputs, but 399", lambda: S.fit(small_net(), "1", X, Y[1:])),
     ("nothing that", lambda: S.fit(small_net().requires_grad_(False), "1", X, Y, TARGETS)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, lr=1e38)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X * math.nan, Y)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, TARGETS * math.nan)),
-    ("as many labels, from 2", lambda: S.silhouette_score(X, Y * 0)),
-    ("as many labels, from 2", lambda: S.davies_bouldin_score(X, torch.arange(400))),
-    ("as many labels, from 2", lambda: S.calinski_harabasz_score(X, Y[1:])),
-    ("points are not finite", lambda: S.silhouette_score(X / 0, Y)),
-    ("two labels", lambda: S.adjusted_rand_score(Y, Y[1:])),
-    # Labels are looked at before any training, which would call `progress`.
-    ("from 0 to 3", lambda: final(small_net(), (X, Y + 1), DATA, progress=None)),
-    ("from 0 to 3", lambda: final(small_net(), DATA, (X, Y.float()), progress=None)),
-    ("from 0 to 3", lambda: final(small_net(), DATA, DATA, val=(X, Y - 1), progress=None)),
+    ("400 points with 1 different", lambda: S.silhouette_score(X, Y * 0)),
+    ("400 points with 400 different", lambda: S.davies_bouldin_score(X, torch.arange(400))),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(message, call):
     with pytest.raises((ValueError, FloatingPointError), match=message):
