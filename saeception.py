@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,9 +40,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
-from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.transforms import v2
 
@@ -521,20 +522,18 @@ def saeception(
 
 def mnist_mlp(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
     """The paper's MLP 784-16-16-10; its layer is the first hidden one, after the ReLU."""
-    layers = OrderedDict(fc1=nn.Linear(784, 16), relu1=nn.ReLU())
-    layers |= OrderedDict(fc2=nn.Linear(16, 16), relu2=nn.ReLU(), head=nn.Linear(16, n_classes))
+    layers = {"fc1": nn.Linear(784, 16), "relu1": nn.ReLU(), "fc2": nn.Linear(16, 16)}
+    layers |= {"relu2": nn.ReLU(), "head": nn.Linear(16, n_classes)}
     trunk = nn.Sequential(v2.ToDtype(torch.float32, scale=True), nn.Flatten())  # pixels from 0 to 1
-    return trunk, nn.Sequential(layers), "relu1"
+    return trunk, nn.Sequential(OrderedDict(layers)), "relu1"
 
 
 def small_cnn(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
-    """Two convolutions, 64 units and a LayerNorm, its layer: ours, a network of the kind of the
-    paper's large ones that trains in seconds."""
-    layers = OrderedDict(conv1=nn.Conv2d(1, 16, 5, stride=2), relu1=nn.ReLU())
-    layers |= OrderedDict(conv2=nn.Conv2d(16, 32, 5, stride=2), relu2=nn.ReLU(), flat=nn.Flatten())
-    layers |= OrderedDict(fc=nn.Linear(512, 64), norm=nn.LayerNorm(64))
-    layers["head"] = nn.Linear(64, n_classes)
-    return v2.ToDtype(torch.float32, scale=True), nn.Sequential(layers), "norm"
+    """Ours: two convolutions, 64 units and a LayerNorm, its layer, as the large networks have."""
+    layers = {"conv1": nn.Conv2d(1, 16, 5, stride=2), "relu1": nn.ReLU()}
+    layers |= {"conv2": nn.Conv2d(16, 32, 5, stride=2), "relu2": nn.ReLU(), "flat": nn.Flatten()}
+    layers |= {"fc": nn.Linear(512, 64), "norm": nn.LayerNorm(64), "head": nn.Linear(64, n_classes)}
+    return v2.ToDtype(torch.float32, scale=True), nn.Sequential(OrderedDict(layers)), "norm"
 
 
 PIXELS = [  # uint8 images to what ImageNet's networks want
@@ -569,23 +568,18 @@ def cifar10_vit(
     weights: str = "auto",  # torchvision's (SWAG E2E where there are any), "none", or a path
 ) -> tuple[nn.Module, nn.Module, str]:
     """A ViT (Dosovitskiy et al. 2021) with a new head; its layer is the final LayerNorm. Behind the
-    last block's attention nothing mixes tokens: there the trunk ends, with the class token. Raises
-    what `load_weights` raises, and ValueError for an image smaller than a patch."""
+    last block's attention nothing mixes tokens: there the trunk ends, with the class token."""
     patch = 4 if arch == "vit_tiny" else int(arch[-2:])
     size = image_size // patch * patch
-    if size == 0:
-        raise ValueError(f"--image-size {image_size} is less than a patch of {arch}, {patch}")
     if arch == "vit_tiny":
-        vit, url = VisionTransformer(size, patch, 4, 4, 128, 512), None
+        vit, url = VisionTransformer(size, patch, 4, 4, 128, 512, num_classes=n_classes), None
     else:
-        vit = torchvision.models.get_model(arch, image_size=size)
+        vit = torchvision.models.get_model(arch, image_size=size, num_classes=n_classes)
         name = "IMAGENET1K_V1" if arch == "vit_b_32" else "IMAGENET1K_SWAG_E2E_V1"
         url = torchvision.models.get_model_weights(arch)[name].url
+    last, norm, head = vit.encoder.layers[-1], vit.encoder.ln, vit.heads.head  # head: zeros
     vit.heads = nn.Identity()
     load_weights(vit, weights, url, partial(interpolate_embeddings, size, patch))
-    last, norm, head = vit.encoder.layers[-1], vit.encoder.ln, nn.Linear(vit.hidden_dim, n_classes)
-    nn.init.zeros_(head.weight)  # all classes are equal at the start
-    nn.init.zeros_(head.bias)
     vit.encoder.layers[-1], vit.encoder.ln = AttentionHalf(last), nn.Identity()
     resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)
     mlp = Residual(OrderedDict(ln_2=last.ln_2, mlp=last.mlp))
@@ -629,50 +623,42 @@ CONVNEXTV2 = {  # blocks and channels of the four stages
 
 def imagenet_convnext(
     arch: str = "convnextv2_large",  # a name of CONVNEXTV2
-    n_classes: int | None = None,  # None: keep the checkpoint's own head, ImageNet's 1000 classes
+    n_classes: int = 1000,  # 1000: ImageNet's, with the checkpoint's own head; others: a new head
     weights: str = "auto",  # the official ones (licence CC-BY-NC), "none", or a path to them
 ) -> tuple[nn.Module, nn.Module, str]:
-    """ConvNeXt V2 (Woo et al. 2023): the trunk ends with the pooling, the model is LayerNorm and
-    linear, its layer the LayerNorm. Raises what `load_weights` raises."""
+    """ConvNeXt V2 (Woo et al. 2023): the trunk ends with the pooling, the model is LayerNorm, its
+    layer, and linear."""
     depths, dims = CONVNEXTV2[arch]
-    down = [nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4), LayerNorm2d(dims[0], eps=1e-6))]
-    for dim in dims[:3]:
-        halve = nn.Conv2d(dim, 2 * dim, 2, stride=2)
-        down.append(nn.Sequential(LayerNorm2d(dim, eps=1e-6), halve))
-    stages = []
-    for depth, dim in zip(depths, dims, strict=True):
-        stages.append(nn.Sequential(*[ConvNeXtV2Block(dim) for _ in range(depth)]))
-    net = nn.Module()  # with the names of the official checkpoints
-    net.downsample_layers, net.stages = nn.ModuleList(down), nn.ModuleList(stages)
-    net.norm, head = nn.LayerNorm(dims[3], eps=1e-6), nn.Linear(dims[3], n_classes or 1000)
-    if n_classes is None:
-        net.head = head
+    settings = list(map(CNBlockConfig, dims, [*dims[1:], None], depths))
+    body = ConvNeXt(settings, block=lambda dim, *others: ConvNeXtV2Block(dim)).features
+    norm, head = nn.LayerNorm(dims[3], eps=1e-6), nn.Linear(dims[3], n_classes)
+    downsample, stages = nn.ModuleList(body[0::2]), nn.ModuleList(body[1::2])
+    official = nn.ModuleDict({"downsample_layers": downsample, "stages": stages, "norm": norm})
+    if n_classes == 1000:
+        official["head"] = head
     name = f"im1k/{arch}_1k_224_ema" if depths[2] == 6 else f"im22k/{arch}_22k_384_ema"
-    url = f"https://dl.fbaipublicfiles.com/convnext/convnextv2/{name}.pt"
-    load_weights(net, weights, url)
-    body = [layer for pair in zip(down, stages, strict=True) for layer in pair]
-    trunk = nn.Sequential(*PIXELS, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model = nn.Sequential(OrderedDict(norm=net.norm, head=head))
+    load_weights(official, weights, f"https://dl.fbaipublicfiles.com/convnext/convnextv2/{name}.pt")
+    trunk = nn.Sequential(*PIXELS, body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(OrderedDict(norm=norm, head=head))
     return trunk.to(memory_format=torch.channels_last), model, "norm"
 
 
 def load_weights(net: nn.Module, weights: str, url: str | None, translate: Callable = dict) -> None:
-    """Fill `net` from the file `weights`, or, for "auto", from `url`, which torch.hub keeps; leave
-    it as it is for "none", and for "auto" without a url. `translate` makes a state dict of `net`
-    from the file's; a head that `net` lacks is left out. OSError if that fails."""
-    if weights == "none" or (weights == "auto" and url is None):
+    """Fill `net` from the file `weights` or, for "auto", `url`, which torch.hub keeps. `translate`
+    makes a state dict of `net` from the file's, which may have more. OSError if that fails."""
+    if weights == "none":
         return
-    advice = f"put a whole file of this network to {torch.hub.get_dir()}/checkpoints, or name one "
-    advice += "with --weights PATH; --weights none does without"
+    advice = f"put its file to {torch.hub.get_dir()}/checkpoints, or use --weights PATH or none"
     with explained(f"cannot use the weights {url if weights == 'auto' else weights}", advice):
         if weights == "auto":
-            options = {"check_hash": True, "weights_only": True, "progress": sys.stderr.isatty()}
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", **options)
+            options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+            state = torch.hub.load_state_dict_from_url(url, **options)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         state = translate(state.get("model", state))
-        heads = {key for key in state if key.startswith("head")} - net.state_dict().keys()
-        net.load_state_dict({key: state[key] for key in state.keys() - heads})
+        missing = net.load_state_dict(state, strict=False).missing_keys
+        if missing:
+            raise ValueError(f"it lacks {missing[0]}")
 
 
 @contextlib.contextmanager
@@ -691,21 +677,18 @@ def explained(what: str, advice: str, kind: type = OSError) -> Iterator[None]:
 
 def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """n digits in Pillow's own font under random affine maps and noise: uint8 [n, 1, 28, 28], y."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, generator=generator)
-
-    font, glyphs = ImageFont.load_default(size=52), torch.zeros(10, 1, 56, 56)
+    generator, glyphs = torch.Generator().manual_seed(seed), torch.zeros(10, 1, 56, 56)
     for digit in range(10):
         canvas = Image.new("L", (56, 56))
-        ImageDraw.Draw(canvas).text((28, 28), str(digit), fill=255, font=font, anchor="mm")
+        draw = ImageDraw.Draw(canvas)
+        draw.text((28, 28), str(digit), fill=255, font_size=52, anchor="mm")
         glyphs[digit] = v2.functional.pil_to_tensor(canvas) / 255
     y = torch.randint(10, (n,), generator=generator)
-    angle, shear, size = uniform(-0.35, 0.35), uniform(-0.2, 0.2), uniform(0.7, 1.0)
-    cos, sin = torch.cos(angle), torch.sin(angle)
+    low = torch.tensor([-0.35, -0.2, 0.7, -0.15, -0.15])[:, None]
+    width = torch.tensor([0.7, 0.4, 0.3, 0.3, 0.3])[:, None]
+    angle, shear, size, right, down = low + width * torch.rand(5, n, generator=generator)
     # affine_grid takes the inverse map: from places in the image to places on the glyph.
-    rows = [cos, sin + shear, uniform(-0.15, 0.15), -sin, cos, uniform(-0.15, 0.15)]
+    rows = [angle.cos(), angle.sin() + shear, right, -angle.sin(), angle.cos(), down]
     theta = torch.stack(rows, dim=1).view(n, 2, 3) / size[:, None, None]
     grid = F.affine_grid(theta, (n, 1, 28, 28), align_corners=False)
     ink = F.grid_sample(glyphs[y], grid, align_corners=False)
@@ -713,63 +696,46 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return (ink.clamp(0, 1) * 255).byte(), y
 
 
-def load_torchvision(dataset: str, root: str | Path, train: bool) -> tuple[Tensor, Tensor, list]:
-    """MNIST or CIFAR-10 as torchvision lays it out below root, downloaded if it is not there:
-    images, class numbers and class names. OSError, with what to do, if neither is possible."""
-    kinds = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}
-    advice = f"put its whole files into {root}, name their --data-dir, or use --dataset digits"
-    with explained(f"cannot read or download {dataset}", advice):
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            data = kinds[dataset](str(root), train=train, download=True)
-        images, y, names = torch.as_tensor(data.data), torch.as_tensor(data.targets), data.classes
-        if dataset == "mnist":  # or other images in its format, maybe of more classes
-            images = images.view(-1, 1, 28, 28)
-            names = [str(label) for label in range(max(10, int(y.max()) + 1))]
+def load_files(dataset: str, root: str | Path, train: bool) -> tuple:
+    """Images, class numbers and class names: of MNIST or CIFAR-10 below root, downloaded if not
+    there, or of any photos in root/train/<class>/ and root/val/<class>/. OSError if that fails."""
+    advice = "--data-dir has to hold its files, imagenet's in train/<class>/ and val/<class>/"
+    with explained(f"cannot read or download {dataset} in {root}", advice):
+        if dataset == "imagenet":
+            data = torchvision.datasets.ImageFolder(Path(root, "train" if train else "val"))
+            images = np.array([path for path, _ in data.samples], dtype=object)
         else:
+            kind = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}
+            data = kind[dataset](root, train=train, download=True)
+            images = torch.as_tensor(data.data)
+            images = images.view(*images.shape[:3], -1)  # [N, H, W, C]; MNIST's are [N, H, W]
             images = images.permute(0, 3, 1, 2).contiguous()
-        if len(images) != len(y):
-            raise ValueError(f"{len(images)} images, {len(y)} labels")
-    return images, y, names
-
-
-def load_folders(root: str | Path, split: str) -> tuple[np.ndarray, Tensor, list[str]]:
-    """Photos in root/split/<class>/ as paths, class numbers and names. OSError where are none."""
-    advice = "--data-dir needs train/<class>/ and val/<class>/ with images in each"
-    with explained("no images", advice):
-        data = torchvision.datasets.ImageFolder(Path(root, split))
-    paths, y = zip(*data.samples, strict=True)
-    return np.array(paths, dtype=object), torch.tensor(y), data.classes
+    return images, torch.as_tensor(data.targets), data.classes
 
 
 def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> tuple[dict, list]:
     """The splits "train", "val" and "test", shuffled, at most `limit` examples each, and the names
-    of the classes. `val` is taken from the training files, the same for all seeds: a sixth of
-    digits and MNIST, a tenth of the others, but at most 25,000; `test` is the official test or
-    validation set. Raises ValueError and what the loaders raise."""
+    of the classes. `val` is a sixth (digits, MNIST) or a tenth of the training files, at most
+    25,000, the same for all seeds; `test` is the official test or validation set."""
     if dataset == "digits":
         images, y = render_digits(14_000)
         train, test = (images[:12_000], y[:12_000]), (images[12_000:], y[12_000:])
         names = list("0123456789")
-    elif dataset == "imagenet":
-        *train, names = load_folders(data_dir, "train")
-        *test, test_names = load_folders(data_dir, "val")
-        if names != test_names:
-            odd = min(set(names) ^ set(test_names))
-            raise ValueError(f"{data_dir}: train and val need the same classes; one lacks {odd}")
     else:
-        *train, names = load_torchvision(dataset, data_dir, train=True)
-        *test, _ = load_torchvision(dataset, data_dir, train=False)
-    n_val = min(25_000, max(1, len(train[1]) // {"digits": 6, "mnist": 6}.get(dataset, 10)))
+        *train, names = load_files(dataset, data_dir, train=True)
+        *test, test_names = load_files(dataset, data_dir, train=False)
+        if names != test_names:
+            raise ValueError(f"{data_dir}: train and val need folders of the same classes")
+    share = 6 if dataset in ("digits", "mnist") else 10
+    n_val = min(25_000, max(1, len(train[1]) // share))
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(train[1]), generator=generator).numpy()
-    test_order = torch.randperm(len(test[1]), generator=generator).numpy()
-
-    def chosen(examples, order):
-        images, y = examples
-        return images[order[:limit]], y[order[:limit]]
-
-    train, val = chosen(train, order[n_val:]), chosen(train, order[:n_val])
-    return {"train": train, "val": val, "test": chosen(test, test_order)}, names
+    order, test_order = (torch.randperm(len(y), generator=generator) for _, y in (train, test))
+    splits = {"train": (train, order[n_val:]), "val": (train, order[:n_val])}
+    splits["test"] = test, test_order
+    for split, ((images, y), index) in splits.items():
+        index = index[:limit].numpy()
+        splits[split] = images[index], y[index]
+    return splits, names
 
 
 # === 9. Trunk pass ================================================================================
@@ -777,17 +743,13 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
 
 
 def decoded(image: Tensor | str, size: int) -> Tensor:
-    """One image as uint8 [C, H, W]: pixels stay as they are; a photo, which is kept as its path, is
-    decoded to RGB of size x size. As for the official ConvNeXt-V2 checkpoints, below 384 pixels the
-    middle 7/8 of the shorter side is taken, from there on the whole image is warped. OSError names
-    a photo that cannot be read."""
+    """Pixels as they are, or the photo at a path: uint8 [C, H, W], RGB of size x size. As for the
+    official ConvNeXt-V2 checkpoints, below 384 pixels the middle 7/8 of the shorter side is taken,
+    from there on the whole image is warped. OSError names a photo that cannot be read."""
     if isinstance(image, Tensor):
         return image
     with explained(f"cannot read the image {image}", "mend or replace it"):
-        with Image.open(image) as file:
-            if file.mode[0] in "IF":
-                raise ValueError("its values do not fit into 8 bits")
-            photo = file.convert("RGB")
+        photo = Image.open(image).convert("RGB")
     if size < 384:
         photo = ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC, bleed=1 / 16)
     else:
@@ -829,37 +791,25 @@ def trunk_features(
     share: tuple[int, int] = (0, 1),  # (i, n): the i-th of every n files alone
     progress: Callable = iter,
 ) -> Tensor:
-    """trunk(images) [N, d], read from `folder`, or computed and left there.
-
-    A file's name is the checksum of its images, so that changed images get a new one. What is not
-    there, or damaged, is made again: a pass may be killed at any time. Raises OSError for a full
-    disk or a bad photo, FloatingPointError for features that are not finite.
-    """
-    paths, x, slices = {}, {}, []  # slices: the batches of what is missing
-    for start in range(0, len(images), 2048)[share[0] :: share[1]]:
-        stop = min(start + 2048, len(images))
-        paths[start] = folder / f"{checksum(images[start:stop]):08x}-{stop - start}.npz"
-        try:
-            with np.load(paths[start]) as file:  # tests the checksums that the format has
-                x[start] = torch.from_numpy(file["x"])
-        except Exception:  # it is missing, or each kind of damage has a type of its own
-            x[start] = None
-            slices += [slice(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
-    done = []
+    """trunk(images) [N, d], read from `folder`, or computed and left there. A file is named after
+    the checksum of its images; what is missing or damaged is made again, so that a pass may be
+    killed at any time. OSError for a full disk or a bad photo."""
+    x = [torch.empty(0)]  # a share may have no file
     with ThreadPoolExecutor(workers) as pool:
-        for rows in progress(slices):
-            batch = torch.stack([*pool.map(partial(decoded, size=size), images[rows])])
-            with torch.autocast(torch.device(device).type, torch.bfloat16, bfloat16):
-                done.append(
-                    trunk(batch.to(device)).float()
-                )  # a GPU runs while the next are decoded
-            if rows.stop % 2048 == 0 or rows.stop == len(images):  # a file is complete
-                start = (rows.stop - 1) // 2048 * 2048
-                x[start], done = torch.cat(done).cpu(), []
-                if not x[start].isfinite().all():
-                    raise FloatingPointError("the features are not finite: are the weights whole?")
-                write_whole(paths[start], partial(np.savez, x=x[start].numpy()))
-    return torch.cat(list(x.values()) or [torch.empty(0)])  # a share may have no file
+        for start in progress(range(0, len(images), 2048)[share[0] :: share[1]]):
+            part = images[start : start + 2048]
+            path = folder / f"{checksum(part):08x}-{len(part)}.npz"
+            with contextlib.suppress(Exception):  # missing, or damaged, each kind in its own way
+                with np.load(path) as file:  # tests the checksums that the format has
+                    x.append(torch.from_numpy(file["x"]))
+                    continue
+            done, decoding = [], pool.map(partial(decoded, size=size), part)  # ahead of the trunk
+            while batch := list(islice(decoding, batch_size)):
+                with torch.autocast(torch.device(device).type, torch.bfloat16, bfloat16):
+                    done.append(trunk(torch.stack(batch).to(device)).float())
+            x.append(torch.cat(done).cpu())
+            write_whole(path, partial(np.savez, x=x[-1].numpy()))
+    return torch.cat(x)
 
 
 # === 10. Results ==================================================================================
@@ -877,11 +827,9 @@ COLUMNS = {  # of the table: heading, width and format
 }  # fmt: skip
 
 
-def table(rows: list[dict], heading: bool = True) -> str:
+def table(rows: list[dict]) -> str:
     """The rows of a state as text, 120 columns wide."""
-    lines = []
-    if heading:
-        lines.append("".join(f"{name:>{width}}" for name, width, _ in COLUMNS.values()))
+    lines = ["".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS.values())]
     for row in rows:
         cells = [f"{row[key]:>{width}{form}}" for key, (_, width, form) in COLUMNS.items()]
         lines.append("".join(cells))
@@ -889,27 +837,24 @@ def table(rows: list[dict], heading: bool = True) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """For each cycle and arm the mean over the seeds and, below it, the standard deviation; then
-    the same of the difference sae-ception minus control, taken seed by seed."""
-    keys, groups, lines = list(COLUMNS)[3:], {}, []  # groups: (cycle, arm): {seed: values [keys]}
+    """Mean and standard deviation over the seeds of each cycle and arm, and of the difference
+    sae-ception minus control, taken seed by seed. Of one seed: the difference alone."""
+    groups, lines = {}, []  # groups: (cycle, arm): {seed: values}
     for row in rows:
         group = groups.setdefault((row["cycle"], row["arm"]), {})
-        group[row["seed"]] = np.array([row[key] for key in keys])
+        group[row["seed"]] = np.array(list(row.values())[3:])
     for cycle, arm in list(groups):
-        control = groups.get((cycle, "control"))
-        if arm == "sae-ception" and control:
-            ours = groups[cycle, arm]
-            groups[cycle, "difference"] = {s: ours[s] - control[s] for s in ours if s in control}
+        if arm == "sae-ception" and (cycle, "control") in groups:
+            ours, control = groups[cycle, arm], groups[cycle, "control"]
+            both = {seed: ours[seed] - control[seed] for seed in ours if seed in control}
+            groups[cycle, "difference"] = both
     for (cycle, arm), group in groups.items():
-        values, of = np.array(list(group.values())), {}
+        values = np.array(list(group.values()))
         if len(values) > 1 or arm == "difference":
-            of["mean"] = values.mean(0)
+            lines.append(["mean", cycle, arm, *values.mean(0)])
         if len(values) > 1:
-            of["std"] = values.std(0, ddof=1)
-        for name, numbers in of.items():
-            row = {"seed": name, "cycle": cycle, "arm": arm}
-            lines.append(row | dict(zip(keys, numbers, strict=True)))
-    return table(lines) if lines else ""
+            lines.append(["std", cycle, arm, *values.std(0, ddof=1)])
+    return table([dict(zip(rows[0], line, strict=True)) for line in lines]) if lines else ""
 
 
 def palette(n: int) -> list[str]:
@@ -917,82 +862,51 @@ def palette(n: int) -> list[str]:
     return [f"hsl({360 * i // n}, 85%, {48 - 16 * (i % 2)}%)" for i in range(n)]
 
 
-def draw_clusters(panels: dict[str, Tensor], y: Tensor, names: list[str]) -> Image.Image:
-    """A panel per title: features z [N, d_sae] on their first two principal components, coloured
-    by class y [N], and a legend of at most 20 classes."""
-    font, colours = ImageFont.load_default(size=18), palette(len(names))
-    image = Image.new("RGB", (480 * len(panels), 560), "white")
+def draw_clusters(path: Path, codes: dict[str, Tensor], y: Tensor, names: list[str]) -> None:
+    """A panel per title: features z [N, d_sae] on their first two principal components, coloured by
+    class y [N], and the names of the first ten classes."""
+    colours, image = palette(len(names)), Image.new("RGB", (480 * len(codes), 560), "white")
     draw = ImageDraw.Draw(image)
-    for panel, (title, z) in enumerate(panels.items()):
-        z = z.float().cpu()
+    for panel, (title, z) in enumerate(codes.items()):
+        z = z[:5000]
         torch.manual_seed(0)  # pca_lowrank draws at random; the picture should not
-        axes = torch.pca_lowrank(z, q=min(6, *z.shape), niter=4)[2][:, :2]
-        points = (z - z.mean(0)) @ axes
+        _, _, axes = torch.pca_lowrank(z, q=min(6, *z.shape), niter=4)
+        points = (z - z.mean(0)) @ axes[:, :2]
         low, high = points.quantile(torch.tensor([0.002, 0.998]), dim=0)  # no single far point
         points = ((points - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
-        left = 480 * panel + 20
-        draw.text((left, 10), title, fill="black", font=font)
-        for (u, v), label in zip((440 * points).tolist(), y.tolist(), strict=True):
-            box = (left + u - 2, 60 + v - 2, left + u + 2, 60 + v + 2)
-            draw.ellipse(box, fill=colours[label])
-    left = 20
-    for name, colour in zip(names[:20], colours, strict=False):
-        draw.text((left, 530), name, fill=colour, font=font)
-        left += 25 + draw.textlength(name, font=font)
-    return image
+        points = torch.tensor([480 * panel + 20, 60]) + 440 * points
+        draw.text((480 * panel + 20, 10), title, fill="black", font_size=18)
+        for (u, v), label in zip(points.tolist(), y.tolist(), strict=False):
+            draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=colours[label])
+    for c, name in enumerate(names[:10]):
+        draw.text((20 + c * image.width // 10, 530), name, fill=colours[c], font_size=14)
+    write_whole(path, partial(image.save, format="PNG"))
 
 
-def draw_features(z: Tensor, images, y: Tensor, z_mean: Tensor, names, size: int) -> Image.Image:
-    """A line for each of the first 20 classes: its three features with the largest class mean
-    (z_mean [n_classes, d_sae]), each as the eight images [N, C, H, W] with the largest z
-    [N, d_sae], framed in the colour of their own class y [N]."""
-    font, colours, z_mean = ImageFont.load_default(size=15), palette(len(names)), z_mean[:20]
-    canvas = Image.new("RGB", (1318, 10 + 98 * len(z_mean)), "white")
+def draw_features(path: Path, z: Tensor, y: Tensor, names: list[str], images, size: int) -> None:
+    """For each of the first 20 classes its three features with the largest mean, each as the eight
+    images with the largest z [N, d_sae], framed in the colour of their own class y [N]."""
+    colours, z_mean = palette(len(names)), class_mean(z, y, len(names))[:20]
+    canvas = Image.new("RGB", (1318, 5 + 80 * len(z_mean)), "white")
     draw = ImageDraw.Draw(canvas)
-    for c, features in enumerate(z_mean.topk(min(3, z_mean.shape[1])).indices.tolist()):
-        top = 5 + 98 * c
-        draw.text((10, top), f"class {names[c]}", fill=colours[c], font=font)
+    for c, features in enumerate(z_mean.argsort(descending=True)[:, :3].tolist()):
         for column, feature in enumerate(features):
-            mean, left = z_mean[c, feature], 10 + 436 * column
-            if mean == 0:  # the class does not use it
-                continue
-            text = f"feature {feature}, mean {mean:.2f}"
-            draw.text((left, top + 20), text, fill="black", font=font)
-            most_driven = z[:, feature].topk(min(8, len(z))).indices.cpu()
-            for i, n in enumerate(most_driven):
-                photo = v2.functional.to_pil_image(decoded(images[n], size))
-                photo = photo.convert("RGB").resize((44, 44))
-                photo = ImageOps.expand(photo, 3, fill=colours[y[n]])
-                canvas.paste(photo, (left + 52 * i, top + 41))
-    return canvas
-
-
-def draw_run(folder: Path, model, layer: str, splits: dict, images, names, state, size) -> None:
-    """Both pictures: clusters of the baseline and of each arm, features of the first arm. `splits`
-    are the model's inputs and class numbers, `images` the test set's."""
-    (x_train, y_train), (x_test, y_test), panels = splits["train"], splits["test"], {}
-    arms = list(state["models"])  # the baseline is the first
-    for arm in arms:
-        net, sae = restore(model, state, arm)
-        z = sae.encode(activations(net, layer, x_test)[0])
-        score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
-        panels[f"{arm}: silhouette {score:.3f}"] = z[:5000]
-        if arm in arms[1:2] or len(arms) == 1:
-            h, _ = activations(net, layer, x_train)
-            z_mean = class_mean(h, y_train, len(names), sae.encode).cpu()
-            picture = draw_features(z, images, y_test.cpu(), z_mean, names, size)
-            write_whole(folder / "features.png", partial(picture.save, format="PNG"))
-    picture = draw_clusters(panels, y_test[:5000].cpu(), names)
-    write_whole(folder / "clusters.png", partial(picture.save, format="PNG"))
+            left, top = 10 + 436 * column, 5 + 80 * c
+            text = f"{names[c]}: feature {feature}, mean {z_mean[c, feature]:.2f}"
+            draw.text((left, top), text, fill=colours[c], font_size=15)
+            for i, n in enumerate(z[:, feature].argsort(descending=True)[:8].tolist()):
+                photo = v2.functional.to_pil_image(decoded(images[n], size)).convert("RGB")
+                photo = ImageOps.expand(photo.resize((44, 44)), 3, fill=colours[y[n]])
+                canvas.paste(photo, (left + 52 * i, top + 21))
+    write_whole(path, partial(canvas.save, format="PNG"))
 
 
 def save_run(folder: Path, config: dict, states: dict) -> None:
     """checkpoint.pt, from which --resume goes on, and results.json, where nan and inf are null."""
-    saved = {"config": config, "states": states}
-    write_whole(folder / "checkpoint.pt", partial(torch.save, saved))
+    write_whole(folder / "checkpoint.pt", partial(torch.save, {"config": config, "states": states}))
     environment = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     environment |= {"python": platform.python_version(), "machine": platform.platform()}
-    environment |= {"threads": torch.get_num_threads(), "gpu": None}
+    environment["threads"] = torch.get_num_threads()
     if config["device"] == "cuda":
         environment["gpu"] = torch.cuda.get_device_name()
     rows = [row for state in states.values() for row in state["rows"]]
@@ -1001,20 +915,16 @@ def save_run(folder: Path, config: dict, states: dict) -> None:
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
 
 
-def show_progress(steps, desc: str, unit: str = "steps") -> Iterator:
+def show_progress(steps, desc: str) -> Iterator:
     """Rate and time left on stderr; where that is no terminal, one line when it is done."""
     start = shown = time.perf_counter()
-    terminal = sys.stderr.isatty()
     for done, step in enumerate(steps, 1):
         yield step
-        now = time.perf_counter()
-        rate, to_do = done / (now - start), len(steps) - done
-        text = f"{desc}: {done}/{len(steps)}, {rate:.3g} {unit}/s, {to_do / rate:.0f} s left"
-        if terminal and (to_do == 0 or now - shown > 0.2):
-            shown = now
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        if to_do == 0:
-            print("" if terminal else text, file=sys.stderr, flush=True)
+        now, to_do = time.perf_counter(), len(steps) - done
+        if to_do == 0 or (sys.stderr.isatty() and now - shown > 0.2):
+            shown, rate = now, done / (now - start)
+            text = f"{desc}: {done}/{len(steps)}, {rate:.2f} steps/s, {to_do / rate:.0f} s left"
+            print(f"{text:<99}", end="\r" if to_do else "\n", file=sys.stderr, flush=True)
 
 
 # === 11. Command line =============================================================================
@@ -1027,260 +937,218 @@ ARCHS = {  # of each data set, its default first
 }
 
 
-def number(kind: type, low: float) -> Callable:
-    """An argparse type: an int or a float from `low` up."""
-
-    def parse(text):
-        if not low <= kind(text) < math.inf:
-            raise ValueError
-        return kind(text)
-
-    parse.__name__ = f"{kind.__name__} (from {low} up)"
-    return parse
+def positive(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 def make_parser(setting: str) -> argparse.ArgumentParser:
-    """The table of all options. `setting` decides on the defaults: a network of ARCHS, or
-    convnext_own for other classes than ImageNet's. One for "vit" is for all networks whose names
-    start so; of two that fit, the last holds."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """All options, with the defaults for `setting`: a network of ARCHS, or convnext_own for other
+    classes than ImageNet's."""
+    parser = argparse.ArgumentParser("saeception.py", usage=argparse.SUPPRESS)  # for short errors
 
-    def fail(message):  # `main` prints it on one line; argparse would print its usage first
-        raise ValueError(message)
-
-    def option(name, kind, default, meaning, nargs=None, **others):
-        text, rule = f"{meaning} (default: {default}", {"type": kind}
-        if isinstance(kind, list):
-            rule = {"choices": kind}
-        for key, value in others.items():
-            text += f", {value} for {key}"
-            if setting.startswith(key):
+    def option(name, kind, default, meaning, choices=None, nargs=None, **others):
+        text = f"{meaning} (default: {default}"
+        for start, value in others.items():  # for settings that start so; the last holds
+            text += f", {value} for {start}"
+            if setting.startswith(start):
                 default = value
-        parser.add_argument(f"--{name}", default=default, nargs=nargs, help=f"{text})", **rule)
+        rule = {"type": kind, "choices": choices, "nargs": nargs}
+        parser.add_argument(f"--{name}", default=default, help=f"{text})", **rule)
 
-    parser.error = fail
-    path, amount = os.path.expanduser, number(float, 0)
-    natural, positive = number(int, 0), number(int, 1)
-    # Name, type or choices, default, meaning, and where the default is another one. The mlp's and
-    # the l1 of cnn are chosen on validation images; for ViT-H and ConvNeXt-V2, top-k, d-sae and
-    # epochs are the paper's; the rest is not tuned.
+    # The mlp's defaults and the l1 of cnn are chosen on validation images; for ViT-H and
+    # ConvNeXt-V2, top-k, d-sae and epochs are the paper's; the rest is not tuned.
     # fmt: off
-    option("dataset", list(ARCHS), "digits", "digits are rendered, nothing is downloaded")
-    option("cycles", natural, 3, "rounds of SAE, sharpen, train, measure")
-    option("data-dir", path, "data", "where data sets lie or are downloaded to")
-    option("out-dir", path, "runs", "where each run makes its folder")
-    option("cache-dir", path, None, "keeps the trunk's features; None: DATA_DIR/features")
+    option("dataset", str, "digits", "digits are rendered, nothing is downloaded", ARCHS)
+    option("cycles", int, 3, "rounds of SAE, sharpen, train, measure")
+    option("data-dir", str, "data", "where data sets lie or are downloaded to")
+    option("out-dir", str, "runs", "where each run makes its folder")
+    option("cache-dir", str, None, "keeps the trunk's features; None: DATA_DIR/features")
     option("arch", str, None, f"network; None: the first of the data set's, {ARCHS}")
     option("image-size", positive, 384, "side of the images of ViT and ConvNeXt", vit_tiny=32)
-    option("weights", path, "auto", "of ViT and ConvNeXt: auto (downloaded), none, or a path")
-    option("tune", ["last", "all"], "all", "train what is behind the trunk, or the trunk, too",
-           vit="last", vit_tiny="all", convnext="last")
+    option("weights", str, "auto", "auto (official), none, or a path", vit_tiny="none")
+    option("tune", str, "last", "train what is behind the trunk, or all", ["last", "all"],
+           cnn="all", mlp="all", vit_tiny="all")
     option("layer", str, "norm", "name of the layer whose output is h", mlp="relu1", vit="ln")
     option("top-k", positive, 25, "features that each class keeps")
-    option("aux-weight", amount, 1.0, "of the auxiliary loss; it falls to 0", vit=0.3, convnext=0.3)
-    option("aux-loss", ["mse", "cosine"], "mse", "distance between h and its target")
-    option("sae", ["l1", "topk"], "l1", "what makes the SAE sparse")
-    option("d-sae", number(int, 2), 512, "features of the SAE",
+    option("aux-weight", float, 1.0, "of the auxiliary loss; it falls to 0", vit=0.3, convnext=0.3)
+    option("aux-loss", str, "mse", "distance between h and its target", ["mse", "cosine"])
+    option("sae", str, "l1", "what makes the SAE sparse", ["l1", "topk"])
+    option("d-sae", positive, 512, "features of the SAE",
            mlp=256, vit=5120, vit_tiny=512, convnext=6144)
-    option("l1", amount, 1.0, "weight of the L1 norm of z, for --sae l1", mlp=0.1, vit_tiny=0.3)
+    option("l1", float, 1.0, "weight of the L1 norm of z, for --sae l1", mlp=0.1, vit_tiny=0.3)
     option("sae-k", positive, 32, "active features, with --sae topk", mlp=8, cnn=16, vit_tiny=16)
-    option("baseline-epochs", natural, 8, "of the classifier at first; 0: it is trained already",
-           vit=3, vit_tiny=20, convnext=0, convnext_own=20)
+    option("baseline-epochs", int, 8, "at first", vit=3, vit_tiny=20, convnext=0, convnext_own=20)
     option("epochs", positive, 3, "in each cycle", cnn=2, mlp=8, convnext=1, convnext_own=20)
     option("sae-epochs", positive, 10, "of each SAE", vit=5, vit_tiny=20, convnext=1)
-    option("sae-min-steps", natural, 1000, "of each SAE: more epochs where images are few")
+    option("sae-min-steps", int, 1000, "of each SAE: more epochs where images are few")
     option("batch-size", positive, 64, "of the classifier and of the trunk", mlp=128)
-    option("lr", number(float, 1e-12), 1e-3, "learning rate of the classifier",
+    option("lr", float, 1e-3, "learning rate of the classifier",
            cnn=5e-4, mlp=2e-3, vit=1e-4, vit_tiny=1e-3, convnext=1e-4, convnext_own=1e-3)
-    option("augment", ["none", "flip-crop"], "none", "at random, with --tune all", vit="flip-crop")
-    option("precision", ["auto", "float32", "bfloat16"], "auto", "of products in trunk and SAEs; "
-           "auto: bfloat16 with --tune last on cuda, else float32")
-    option("seeds", natural, [0], "one run each", nargs="+")
-    option("arms", list(ARMS), ["sae-ception", "control"], "what to compare", nargs="+")
+    option("augment", str, "none", "with --tune all", ["none", "flip-crop"], vit="flip-crop")
+    option("precision", str, "auto", "of products in trunk and SAEs; auto: bfloat16 with --tune "
+           "last on cuda, else float32", ["auto", "float32", "bfloat16"])
+    option("seeds", int, [0], "one run each", nargs="+")
+    option("arms", str, ["sae-ception", "control"], "what to compare", ARMS, "+")
     option("limit", positive, None, "examples of each split, chosen at random; None: all")
-    option("device", ["auto", "cpu", "cuda", "mps"], "auto", "auto: cuda, or cpu without it")
-    option("workers", positive, os.cpu_count(), "threads that decode photos")
-    option("resume", path, None, "folder of a run to go on with; cycles, seeds, arms can be added")
+    option("device", str, "auto", "cuda if there is one", ["auto", "cpu", "cuda", "mps"])
+    option("workers", positive, os.cpu_count(), "threads of each process that decode photos")
+    option("resume", str, None, "folder of a run to go on with; cycles, seeds, arms can be added")
     # fmt: on
     return parser
 
 
-def is_imagenet(names: list[str]) -> bool:
-    """Whether these are ImageNet's 1000 folders, which, sorted, are in a checkpoint's order."""
-    return len(names) == 1000 and min(names) == "n01440764"
-
-
-def parse_arguments(argv: list[str] | None) -> tuple[dict, dict]:
-    """The settings, and the finished states by seed. ValueError for settings that are wrong or do
-    not go together."""
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """The settings, and the finished states by seed. ValueError for what does not fit together."""
     first = make_parser("").parse_args(argv)  # the data set and --arch decide on the defaults
-    setting = first.arch or ARCHS[first.dataset][0]
-    if first.dataset == "imagenet":
-        folders = [folder.name for folder in Path(first.data_dir, "train").glob("*")]
-        if not is_imagenet(folders):
-            setting = "convnext_own"
-    parser, states, before = make_parser(setting), {}, {}
+    setting = arch = first.arch or ARCHS[first.dataset][0]
+    # ImageNet's folders are n01440764 to n15075141; sorted, they are in a checkpoint's order.
+    if first.dataset == "imagenet" and len([*Path(first.data_dir, "train").glob("n*")]) != 1000:
+        setting = "convnext_own"
+    parser, before, states = make_parser(setting), {"arch": arch}, {}
     if first.resume:
-        what = f"--resume: {first.resume} is no run folder"
-        with explained(what, "it needs a whole checkpoint.pt of this version", ValueError):
+        with explained(f"no run in {first.resume}", "name the folder of a run", ValueError):
             saved = torch.load(Path(first.resume, "checkpoint.pt"), "cpu", weights_only=True)
             before, states = saved["config"], saved["states"]
-        parser.set_defaults(**before)
-    config = vars(parser.parse_args(argv))
-    archs = ARCHS[config["dataset"]]
-    config["arch"] = config["arch"] or archs[0]
-    if config["arch"] not in archs:
-        raise ValueError(f"--arch {config['arch']}: for this --dataset choose {', '.join(archs)}")
-    for key in ("seeds", "arms"):  # each once, those of before first
-        config[key] = list(dict.fromkeys(before.get(key, []) + config[key]))
-    free = {"cycles", "seeds", "arms", "device", "workers", "resume"}
-    free |= {"data_dir", "out_dir", "cache_dir"}
+    parser.set_defaults(**before)
+    args = parser.parse_args(argv)
+    free = "cycles seeds arms device workers resume data_dir out_dir cache_dir".split()
     for key, value in before.items():
-        if key not in free and config[key] != value:
-            flag = f"--{key.replace('_', '-')}"
-            raise ValueError(f"--resume: it was run with {flag} {value}; leave {flag} out")
-    if config["device"] == "auto":
-        config["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    with explained(f"no --device {config['device']} here", "use --device cpu", ValueError):
-        torch.zeros(1, device=config["device"])
-    if config["precision"] == "auto":
-        fast = config["device"] == "cuda" and config["tune"] == "last"
-        config["precision"] = "bfloat16" if fast else "float32"
-    if config["sae"] == "l1":
-        config["sae_k"] = None
-    if max(config["top_k"], config["sae_k"] or 0) > config["d_sae"]:
-        raise ValueError(f"--top-k and --sae-k have to be at most --d-sae, {config['d_sae']}")
-    if config["dataset"] == "imagenet" and config["tune"] == "all":
+        if key not in free and getattr(args, key) != value:
+            raise ValueError(f"--resume: the run has {key} = {value}; leave this option out")
+    if args.arch not in ARCHS[args.dataset]:
+        raise ValueError(f"--arch: for {args.dataset} choose {', '.join(ARCHS[args.dataset])}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with explained(f"no --device {args.device} here", "use --device cpu", ValueError):
+        torch.zeros(1, device=args.device)
+    if args.precision == "auto":
+        fast = args.device == "cuda" and args.tune == "last"
+        args.precision = "bfloat16" if fast else "float32"
+    if args.sae == "l1":
+        args.sae_k = None
+    if max(args.top_k, args.sae_k or 0) > args.d_sae:
+        raise ValueError(f"--top-k and --sae-k have to be at most --d-sae, {args.d_sae}")
+    if args.dataset == "imagenet" and args.tune == "all":
         raise ValueError("--tune all keeps all images in memory: not for --dataset imagenet")
-    return config, states
+    return args, states
 
 
-def build(config: dict, names: list[str], seed: int) -> tuple[nn.Module, nn.Module]:
+def build(args: argparse.Namespace, n_classes: int, seed: int) -> tuple[nn.Module, nn.Module]:
     """Trunk and model. With --tune all the trunk is a part of the model."""
     # Cached features serve all seeds: these differ, then, in the batches and the SAEs alone.
-    torch.manual_seed(seed if config["tune"] == "all" else 0)
-    arch, weights, n_classes = config["arch"], config["weights"], len(names)
-    if arch == "mlp":
+    torch.manual_seed(seed if args.tune == "all" else 0)
+    if args.arch == "mlp":
         trunk, model, _ = mnist_mlp(n_classes)
-    elif arch == "cnn":
+    elif args.arch == "cnn":
         trunk, model, _ = small_cnn(n_classes)
-    elif arch.startswith("vit"):
-        trunk, model, _ = cifar10_vit(arch, config["image_size"], n_classes, weights)
-    elif is_imagenet(names):
-        trunk, model, _ = imagenet_convnext(arch, None, weights)
+    elif args.arch.startswith("vit"):
+        trunk, model, _ = cifar10_vit(args.arch, args.image_size, n_classes, args.weights)
     else:
-        trunk, model, _ = imagenet_convnext(arch, n_classes, weights)
-    if config["tune"] == "all":
+        trunk, model, _ = imagenet_convnext(args.arch, n_classes, args.weights)
+    if args.tune == "all":
         model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
     layers = dict(model.named_modules())
-    if config["layer"] not in layers:
+    if args.layer not in layers:
         raise ValueError(f"--layer: the layers are {', '.join(filter(None, layers))}")
     return trunk, model
 
 
-def cached_splits(config: dict, trunk: nn.Module, splits: dict, share: tuple[int, int]) -> dict:
+def cached_splits(args, trunk: nn.Module, splits: dict, share: tuple[int, int] = (0, 1)) -> dict:
     """The splits with the trunk's features for images, from --cache-dir or computed."""
-    about = [config[key] for key in ("arch", "image_size", "weights", "precision")]
-    if config["weights"] not in ("auto", "none"):
-        file = os.stat(config["weights"])
-        about += [os.path.abspath(config["weights"]), file.st_size, file.st_mtime_ns]
-    name = f"{config['dataset']}-{config['arch']}-{zlib.crc32(json.dumps(about).encode()):08x}"
-    folder = Path(config["cache_dir"] or Path(config["data_dir"], "features"), name)
-    options = {key: config[key] for key in ("device", "batch_size")}
-    options |= {"size": config["image_size"], "bfloat16": config["precision"] == "bfloat16"}
-    options |= {"share": share, "workers": max(1, config["workers"] // share[1])}
-    trunk, result = trunk.to(config["device"]).eval().requires_grad_(False), {}
-    unit = f"batches of {config['batch_size']} images"
+    trunk, result, weights = trunk.eval().requires_grad_(False), {}, 0
+    for value in trunk.state_dict().values():
+        weights = zlib.crc32(value.cpu().contiguous().numpy(), weights)
+    name = f"{args.arch}-{weights:08x}-{args.image_size}-{args.precision}"
+    folder = Path(args.cache_dir or Path(args.data_dir, "features"), name)
+    trunk.to(args.device)
     for split, (images, y) in splits.items():
-        progress = partial(show_progress, unit=unit, desc=f"trunk, {split} split")
-        x = trunk_features(trunk, images, folder, progress=progress, **options)
+        show = partial(show_progress, desc=f"trunk, {split} split, 2048 images a step")
+        options = args.device, args.precision == "bfloat16", args.batch_size, args.image_size
+        x = trunk_features(trunk, images, folder, *options, args.workers, share, show)
         result[split] = x, y
     return result
 
 
-def run(config: dict, folder: Path, states: dict, splits: dict, images, names, model) -> None:
-    """Every seed, from where `states` stand: prints the table, fills the folder. `splits` are the
-    model's inputs and class numbers, `images` the test set's."""
-    device, layer, tune_all = config["device"], config["layer"], config["tune"] == "all"
+def run(args: argparse.Namespace, states: dict) -> None:
+    """Every seed, from where `states` stand: prints the table, fills the folder. Processes of
+    torchrun share the trunk pass; what is behind it is small, and the first does it alone."""
+    torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # without it all are 0
+    rank, local, world = (int(os.environ.get(name, 0)) for name in torchrun)
+    if args.arch in ("mlp", "cnn") and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the threads of small networks mostly wait for each other
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.cuda.set_device(local)
+    if world > 1:  # one may wait for another for as long as a trunk pass takes
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    if local > 0:
+        dist.barrier()  # until the first process of this machine has downloaded everything
+    splits, names = load_data(args.dataset, args.data_dir, args.limit)
+    trunk, model = build(args, len(names), args.seeds[0])
+    if world > 1:
+        if local == 0:
+            dist.barrier()
+        if args.tune == "last":
+            cached_splits(args, trunk, splits, share=(rank, world))
+        dist.barrier()  # now all files are there
+        if rank > 0:
+            return
+    images, y_test = splits["test"]
+    new = f"{args.dataset}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path(args.resume or Path(args.out_dir, new))
+    save_run(folder, vars(args), states)
+    print(f"results go to {folder}; --resume {folder} goes on after a stop", file=sys.stderr)
+    if args.tune == "last":
+        splits = cached_splits(args, trunk, splits)
     # h and the targets are as large as x, and all of them have to fit.
-    if device != "cuda" or splits["train"][0].nbytes < torch.cuda.mem_get_info()[0] / 8:
-        splits = {split: (x.to(device), y.to(device)) for split, (x, y) in splits.items()}
-    fit_options = {key: config[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
-    if tune_all and config["augment"] == "flip-crop":
+    if args.device != "cuda" or splits["train"][0].nbytes < torch.cuda.mem_get_info()[0] / 8:
+        splits = {key: (x.to(args.device), y.to(args.device)) for key, (x, y) in splits.items()}
+
+    fit_options = {key: vars(args)[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
+    if args.tune == "all" and args.augment == "flip-crop":
         fit_options["augment"] = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(32, 4)])
-    sae_options = {"l1": config["l1"], "epochs": config["sae_epochs"], "device": device}
-    sae_options["min_steps"] = config["sae_min_steps"]
-    sae_options["bfloat16"] = config["precision"] == "bfloat16"
+    sae_options = {"l1": args.l1, "epochs": args.sae_epochs, "min_steps": args.sae_min_steps}
+    sae_options["bfloat16"] = args.precision == "bfloat16"
     rows = [row for state in states.values() for row in state["rows"]]
     print(table(rows), flush=True)
-    for seed in config["seeds"]:
-        if tune_all:
-            _, model = build(config, names, seed)
+    for seed in args.seeds:
+        if args.tune == "all":
+            _, model = build(args, len(names), seed)
         for state in saeception(
-            model.to(device), layer, **splits, d_sae=config["d_sae"], sae_k=config["sae_k"],
-            top_k=config["top_k"], weight=config["aux_weight"], cycles=config["cycles"],
-            arms={arm: ARMS[arm] for arm in config["arms"]}, fit_options=fit_options,
-            baseline_epochs=config["baseline_epochs"], sae_options=sae_options, seed=seed,
-            state=states.get(seed), progress=show_progress,
+            model.to(args.device), args.layer, **splits, d_sae=args.d_sae, sae_k=args.sae_k,
+            top_k=args.top_k, weight=args.aux_weight, cycles=args.cycles,
+            arms={arm: ARMS[arm] for arm in args.arms}, baseline_epochs=args.baseline_epochs,
+            fit_options=fit_options, sae_options=sae_options, seed=seed, state=states.get(seed),
+            progress=show_progress,
         ):  # fmt: skip
             states[seed] = state
             rows.append(state["rows"][-1])
-            print(table(rows[-1:], heading=False), flush=True)
-            save_run(folder, config, states)
+            print(table(rows[-1:]).splitlines()[1], flush=True)
+            save_run(folder, vars(args), states)
     print(summary(rows))
-    state = states[config["seeds"][0]]
-    draw_run(folder, model, layer, splits, images, names, state, config["image_size"])
-    print(f"results.json, clusters.png and features.png are in {folder}", file=sys.stderr)
+    codes, state = {}, states[args.seeds[0]]
+    for arm in state["models"]:
+        net, sae = restore(model, state, arm)
+        h, _ = activations(net, args.layer, splits["test"][0])
+        score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
+        codes[f"{arm}: silhouette {score:.3f}"] = sae.encode(h).cpu()
+    draw_clusters(folder / "clusters.png", codes, y_test, names)
+    z = list(codes.values())[:2][-1]  # of the first arm or, without any, of the baseline
+    draw_features(folder / "features.png", z, y_test, names, images, args.image_size)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a bad argument, 1 another foreseen error, 130 interrupted."""
-    folder, rank, local, world = None, 0, 0, int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:  # under torchrun
-        rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     try:
-        config, states = parse_arguments(argv)
-        if config["tune"] == "all":  # there is no trunk pass to share: the first does it alone
-            world = 1
-            if rank > 0:
-                return 0
-        if config["arch"] in ("mlp", "cnn") and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # the threads of small networks mostly wait for each other
-        if config["device"] == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32
-            torch.cuda.set_device(local)
-        if world > 1:  # one may wait for another for as long as a trunk pass takes
-            dist.init_process_group("gloo", timeout=timedelta(days=1))
-        if local > 0:
-            dist.barrier()  # until the first process of this machine has downloaded everything
-        splits, names = load_data(config["dataset"], config["data_dir"], config["limit"])
-        trunk, model = build(config, names, config["seeds"][0])
-        if world > 1 and local == 0:
-            dist.barrier()
-        images = splits["test"][0]
-        if rank == 0:
-            new = f"{config['dataset']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-            folder = Path(config["resume"] or Path(config["out_dir"], new))
-            save_run(folder, config, states)  # --resume works from here on
-        if config["tune"] == "last":
-            inputs = cached_splits(config, trunk, splits, share=(rank, world))
-            if world > 1:
-                dist.barrier()  # now all files are there
-                if rank > 0:
-                    return 0  # the rest is small, and the first process does it alone
-                inputs = cached_splits(config, trunk, splits, share=(0, 1))
-            splits = inputs
-        run(config, folder, states, splits, images, names, model)
-        return 0
+        run(*parse_arguments(argv))
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        reason = str(error) or "interrupted"
-        if folder is not None:
-            reason += f"; what is finished is in {folder}, and --resume {folder} goes on from there"
-        print(f"\nsaeception.py: error: {reason}", file=sys.stderr)
+        print(f"\nsaeception.py: error: {str(error) or 'interrupted'}", file=sys.stderr)
         return {ValueError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":

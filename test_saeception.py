@@ -100,16 +100,19 @@ def rows_of(folder):
 @pytest.fixture
 def run(tmp_path, capfd):
     """main() in this process: stdout, stderr and the newest run folder. An error is one line,
-    behind finished progress."""
+    behind the name of the folder and finished progress."""
 
     def call(*arguments, status=0):
-        got = S.main(["--out-dir", str(tmp_path / "runs"), *map(str, arguments)])
+        try:
+            got = S.main(["--out-dir", str(tmp_path / "runs"), *map(str, arguments)])
+        except SystemExit as stop:  # of argparse
+            got = stop.code
         out, err = capfd.readouterr()
         assert got == status, err
         if status != 0:
             *progress, error = err.strip().splitlines()
             assert error.startswith("saeception.py: error: ")
-            assert all(line.endswith(" 0 s left") for line in progress if line)
+            assert all(re.search(" 0 s left *$|^results go to ", line) for line in progress if line)
         folder = max(tmp_path.glob("runs/*"), default=None)  # their names tell the time
         return SimpleNamespace(out=out, err=err, folder=folder)
 
@@ -510,11 +513,11 @@ def test_convnext_is_the_official_network_and_keeps_its_head_for_imagenet(tmp_pa
     weights = tmp_path / "w.pt"
     torch.save(checkpoint, weights)
     h, logits = S.activations(official, "classifier.0", normalized(images))
-    for n_classes in (5, None):
+    for n_classes in (5, 1000):
         trunk, model, layer = S.imagenet_convnext("convnextv2_atto", n_classes, str(weights))
         found = S.activations(model, layer, trunk(images))
         assert_close(found[0], h, rtol=1e-4, atol=1e-4)
-    assert_close(found[1], logits, rtol=1e-4, atol=1e-3)  # None: its own head
+    assert_close(found[1], logits, rtol=1e-4, atol=1e-3)  # 1000: its own head
     for place in (f"{split}/n{1440764 + c:08}" for split in ("train", "val") for c in range(1000)):
         (tmp_path / place).mkdir(parents=True)
         photo = Image.fromarray(np.random.randint(0, 256, (8, 8, 3), np.uint8))
@@ -545,7 +548,7 @@ def test_networks_have_the_official_size_and_weights(arch, size, url, tmp_path, 
     download = Mock(side_effect=OSError("no route"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    build = functools.partial(S.imagenet_convnext, arch, None)
+    build = functools.partial(S.imagenet_convnext, arch, 1000)
     place = "https://dl.fbaipublicfiles.com/convnext/convnextv2/"
     if arch.startswith("vit"):
         build = functools.partial(S.cifar10_vit, arch, 224, 1000)
@@ -595,7 +598,7 @@ def test_mnist_files_are_read_shuffled_and_split(tmp_path):
         assert torch.equal(labels, y[found[split]])  # an image keeps its label
         assert found[split] != sorted(found[split])
         assert_close(few[split], (pixels[:50], labels[:50]))
-    assert names == list("0123456789") and sorted(found["test"]) == list(range(600, 800))
+    assert names[3] == "3 - three" and sorted(found["test"]) == list(range(600, 800))
     assert len(found["val"]) == 100 and sorted(found["train"] + found["val"]) == list(range(600))
 
 
@@ -605,7 +608,7 @@ def test_damaged_mnist_files_get_one_line(tmp_path, monkeypatch):
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     for size in (500, 0):
         file.write_bytes(file.read_bytes()[:size])
-        with pytest.raises(OSError, match="download mnist .*--data-dir, or use --dataset digits"):
+        with pytest.raises(OSError, match="download mnist .*--data-dir has to hold its files"):
             S.load_data("mnist", tmp_path)
 
 
@@ -630,14 +633,14 @@ def cifar(tmp_path, monkeypatch):
 def test_cifar_files_are_read(cifar):
     splits, names = S.load_data("cifar10", cifar)
     assert [len(splits[name][1]) for name in ("train", "val", "test")] == [270, 30, 60]
-    pixels, labels, _ = S.load_torchvision("cifar10", cifar, train=False)
+    pixels, labels, _ = S.load_files("cifar10", cifar, train=False)
     images, y = S.render_digits(360)
     assert names[3] == "name3" and torch.equal(labels, y[300:])
     for channel, part in enumerate((1, 0.5, 0.25)):
         expected = (images[300:, 0] * part).byte()
         assert torch.equal(pixels[:, channel, 2:-2, 2:-2], expected)
     (cifar / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"damaged")
-    with pytest.raises(OSError, match="download cifar10 .*--dataset digits"):
+    with pytest.raises(OSError, match="download cifar10 .*--data-dir"):
         S.load_data("cifar10", cifar)
 
 
@@ -658,7 +661,7 @@ def write_photos(root):
 def test_photos_are_found_and_decoded(tmp_path):
     write_photos(tmp_path)
     (tmp_path / "train" / "dog" / "notes.txt").write_text("no photo")
-    paths, y, names = S.load_folders(tmp_path, "train")
+    paths, y, names = S.load_files("imagenet", tmp_path, train=True)
     assert names == ["cat", "dog"] and len(paths) == 24
     images = torch.stack([S.decoded(path, 32) for path in paths])
     assert images.shape == (24, 3, 32, 32) and images.dtype == torch.uint8
@@ -667,11 +670,8 @@ def test_photos_are_found_and_decoded(tmp_path):
     frame = tmp_path / "frame.png"
     ImageOps.expand(Image.new("RGB", (140, 140)), 10, "white").save(frame)
     assert S.decoded(frame, 70).max() < 60 and S.decoded(frame, 384).max() == 255
-    Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(OSError, match="deep.png .its values do not fit into 8 bits"):
-        S.decoded(tmp_path / "deep.png", 32)
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
-    with pytest.raises(ValueError, match="need the same classes; one lacks dog"):
+    with pytest.raises(ValueError, match="need folders of the same classes"):
         S.load_data("imagenet", tmp_path)
 
 
@@ -726,9 +726,6 @@ def test_precision_of_features(tmp_path):
     x = S.trunk_features(trunk, images, tmp_path / "x")
     rough = S.trunk_features(trunk, images, tmp_path / "rough", bfloat16=True)
     assert not torch.equal(rough, x) and torch.allclose(rough, x, rtol=0.02, atol=0.02)
-    trunk[2].bias.data += math.inf
-    with pytest.raises(FloatingPointError, match="not finite"):
-        S.trunk_features(trunk, images, tmp_path / "inf")
 
 
 def test_a_full_disk_leaves_old_files_whole_and_no_new_ones(tmp_path):
@@ -766,17 +763,9 @@ def test_run_end_to_end(tmp_path, run):
     resumed = run("--resume", folder)
     assert resumed.out == first.out and "SAE" not in resumed.err  # nothing is trained anew
     assert rows_of(folder) == results["rows"]
-    assert "was run with --top-k 8" in run("--resume", folder, "--top-k", 9, status=2).err
+    assert "the run has top_k = 8" in run("--resume", folder, "--top-k", 9, status=2).err
     (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:100])
-    assert "no run folder" in run("--resume", folder, status=2).err
-
-
-def test_the_picture_shows_no_features_of_a_class_without_any():
-    z, images, y = torch.rand(20, 4), torch.zeros(20, 1, 28, 28).byte(), torch.arange(20) % 2
-    mean = torch.tensor([[0.5, 0.2, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    picture = np.array(S.draw_features(z, images, y, mean, ["cat", "dog"], 28).convert("L"))
-    black = [(row < 9).sum() // (44 * 44) for row in np.split(picture[10:], [98])]
-    assert black == [16, 0]  # two features of eight black images each; none
+    assert "no run in" in run("--resume", folder, status=2).err
 
 
 def test_settings_reach_what_they_set(run, monkeypatch):
@@ -833,8 +822,8 @@ def test_a_stopped_run_goes_on_with_the_same_rows(stop, tmp_path, run):
     assert 1 < len(rows_of(folder)) < 14
     if stop == signal.SIGINT:  # Ctrl-C
         assert process.returncode == 130 and "Traceback" not in err
-        place = folder.relative_to(tmp_path)
-        assert re.search(f"interrupted; .* --resume {place} goes on from there\n$", err)
+        assert f"--resume {folder.relative_to(tmp_path)} goes on" in err
+        assert err.endswith("error: interrupted\n")
     run("--resume", folder)
     assert untimed(rows_of(folder)) == untimed(rows_of(run(*flags).folder))
 
@@ -871,7 +860,7 @@ def test_photos_end_to_end(tmp_path, run):
     stopped = run(*flags, "--workers", 2, status=1)
     folder = stopped.folder
     assert f"error: cannot read the image {bad} (" in stopped.err
-    assert stopped.err.strip().endswith(f"--resume {folder} goes on from there")
+    assert f"--resume {folder} goes on" in stopped.err
     bad.write_bytes(good)
 
     def kept():
@@ -890,9 +879,10 @@ def test_photos_end_to_end(tmp_path, run):
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
-def test_two_processes_come_to_the_same_as_one(tmp_path, run, monkeypatch, capfd):
+@pytest.mark.parametrize("network", [PHOTOS, MLP])  # with and without a trunk pass to share
+def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypatch, capfd):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = [*PHOTOS, "--cycles", "1", "--data-dir", str(write_photos(tmp_path / "data"))]
+    flags = [*network, "--cycles", "1", "--data-dir", str(write_photos(tmp_path / "data"))]
     script = [str(HERE / "saeception.py"), *flags, "--out-dir", str(tmp_path / "two")]
     torch.distributed.run.main(["--standalone", "--nproc-per-node", "2", *script])  # torchrun
     err = capfd.readouterr().err
@@ -904,22 +894,13 @@ def test_two_processes_come_to_the_same_as_one(tmp_path, run, monkeypatch, capfd
             assert row[key] == pytest.approx(other[key], rel=1e-2, abs=1e-2)
 
 
-def test_without_a_trunk_pass_the_first_of_two_processes_does_it_alone(run, monkeypatch):
-    for rank in ("0", "1"):
-        torchrun = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
-        monkeypatch.setattr(os, "environ", os.environ | torchrun)
-        assert ("baseline: train" in run(*MLP, "--cycles", 0).err) == (rank == "0")
-
-
 @pytest.mark.parametrize("arguments, status, message", [
-    ("--dataset imagenet --data-dir nosuch", 1, "no images .*nosuch/train"),
+    ("--dataset imagenet --data-dir nosuch", 1, "imagenet in nosuch .*train/<class>"),
     ("--dataset imagenet --tune all", 2, "--tune all keeps all images in memory"),
-    ("--dataset cifar10 --arch convnextv2_atto", 2, "choose vit_h_14, vit_l_16"),
+    ("--dataset cifar10 --arch convnextv2_atto", 2, "for cifar10 choose vit_h_14, vit_l_16"),
     ("--weights no.pt --dataset cifar10 --arch vit_tiny --data-dir {cifar}", 1, "weights no.pt"),
-    ("--dataset cifar10 --data-dir {cifar} --weights none --image-size 13", 2, "a patch of"),
     ("--nosuch 1", 2, "--nosuch"),
-    ("--cycles -1", 2, "--cycles: invalid int .from 0 up. value: '-1'"),
-    ("--lr nan", 2, "--lr: invalid float"),
+    ("--cycles few", 2, "--cycles: invalid int value: 'few'"),
     ("--arch mlp --layer trunk.1 --limit 99 --baseline-epochs 0 --sae-min-steps 0", 2,
      "nothing that is trained is in or below layer 'trunk.1'"),
     ("--sae topk --sae-k 600", 2, "--sae-k have to be at most --d-sae, 512"),
