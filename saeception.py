@@ -172,6 +172,7 @@ def train_sae(
 
 
 # === 2. Hook capture ==============================================================================
+# h = output of one layer of the classifier, gradient attached
 
 
 @contextlib.contextmanager
@@ -749,7 +750,10 @@ def decoded(image: Tensor | str, size: int) -> Tensor:
     if isinstance(image, Tensor):
         return image
     with explained(f"cannot read the image {image}", "mend or replace it"):
-        photo = Image.open(image).convert("RGB")
+        photo = Image.open(image)
+        if photo.mode[0] in "IF":
+            raise ValueError("its values do not fit into 8 bits")
+        photo = photo.convert("RGB")
     if size < 384:
         photo = ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC, bleed=1 / 16)
     else:

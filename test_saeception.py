@@ -670,6 +670,9 @@ def test_photos_are_found_and_decoded(tmp_path):
     frame = tmp_path / "frame.png"
     ImageOps.expand(Image.new("RGB", (140, 140)), 10, "white").save(frame)
     assert S.decoded(frame, 70).max() < 60 and S.decoded(frame, 384).max() == 255
+    Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(OSError, match="deep.png .its values do not fit into 8 bits"):
+        S.decoded(tmp_path / "deep.png", 32)
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
     with pytest.raises(ValueError, match="need folders of the same classes"):
         S.load_data("imagenet", tmp_path)
