@@ -103,7 +103,9 @@ def train_sae(
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> SparseAutoencoder:
     """Train a fresh SAE; it comes back frozen. Inside, h has a mean squared norm of d_in, so that
-    one `l1` suits layers of any scale. FloatingPointError for an SAE that is not finite."""
+    one `l1` suits layers of any scale. Unit rows of W_dec and their gradient are as in Bricken et
+    al., the root of the learning rate as in Gao et al.; the rest of the recipe is ours, see the
+    comments. FloatingPointError for an SAE that is not finite or an h that does not vary."""
     h, d_in = h.detach(), h.shape[1]
     sample = h[batches(len(h), 4096, 1, seed)[0]].to(device=device, dtype=torch.float32)
     scale = 1 / sample.square().mean().sqrt()
@@ -114,10 +116,10 @@ def train_sae(
         # Ours: sparse from the start, as L1 takes long to make a dense code sparse. Above 1.28
         # standard deviations a feature fires for one example in ten.
         sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
-        lr_enc = lr_dec = lr or 0.006 * math.sqrt(256 / d_sae)  # the root: Gao et al.
+        lr_enc = lr_dec = lr or 0.006 * math.sqrt(256 / d_sae)
     else:
-        # Ours: a small encoder and a faster decoder learn more in few steps; features that start
-        # turned towards an example are less often dead.
+        # Ours: a small encoder and a faster decoder learn more in few steps. In wide layers, where
+        # random directions are of no example, features that start turned towards one rarely die.
         examples = sample[torch.randint(len(sample), (d_sae,), generator=generator)]
         toward = F.normalize(examples - sample.mean(0), dim=1)
         sae.W_dec.data = F.normalize(sae.W_dec.data + min(0.5, d_in / 2560) * toward, dim=1)
@@ -985,7 +987,8 @@ def make_parser(setting: str) -> argparse.ArgumentParser:
            mlp=256, vit=5120, vit_tiny=512, convnext=6144)
     option("l1", float, 1.0, "weight of the L1 norm of z, for --sae l1", mlp=0.1, vit_tiny=0.3)
     option("sae-k", positive, 32, "active features, with --sae topk", mlp=8, cnn=16, vit_tiny=16)
-    option("baseline-epochs", int, 8, "at first", vit=3, vit_tiny=20, convnext=0, convnext_own=20)
+    option("baseline-epochs", int, 8, "before the first cycle; 0: it is trained already",
+           vit=3, vit_tiny=20, convnext=0, convnext_own=20)
     option("epochs", positive, 3, "in each cycle", cnn=2, mlp=8, convnext=1, convnext_own=20)
     option("sae-epochs", positive, 10, "of each SAE", vit=5, vit_tiny=20, convnext=1)
     option("sae-min-steps", int, 1000, "of each SAE: more epochs where images are few")
