@@ -853,7 +853,8 @@ def summary(rows: list[dict]) -> str:
         if arm == "sae-ception" and (cycle, "control") in groups:
             ours, control = groups[cycle, arm], groups[cycle, "control"]
             both = {seed: ours[seed] - control[seed] for seed in ours if seed in control}
-            groups[cycle, "difference"] = both
+            if both:
+                groups[cycle, "difference"] = both
     for (cycle, arm), group in groups.items():
         values = np.array(list(group.values()))
         if len(values) > 1 or arm == "difference":
