@@ -481,6 +481,8 @@ def saeception(
     arms = arms or {name: ARMS[name] for name in ("sae-ception", "control")}
     sae_options = {"device": next(model.parameters()).device} | (sae_options or {})
     state = state or {"rows": [], "sae_k": sae_k, "models": {}, "saes": {}}
+    if state["sae_k"] != sae_k:
+        raise ValueError(f"the SAEs of this state have sae_k = {state['sae_k']}")
     done = {(row["cycle"], row["arm"]) for row in state["rows"]}  # in an earlier call
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
     for cycle, arm in [stage for stage in plan if stage not in done]:
@@ -1118,7 +1120,9 @@ def run(args: argparse.Namespace, states: dict) -> None:
 
     fit_options = {key: vars(args)[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
     if args.tune == "all" and args.augment == "flip-crop":
-        fit_options["augment"] = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(32, 4)])
+        fit_options["augment"] = v2.Compose(
+            [v2.RandomHorizontalFlip(), v2.RandomCrop(images.shape[-2:], 4)]
+        )
     sae_options = {"l1": args.l1, "epochs": args.sae_epochs, "min_steps": args.sae_min_steps}
     sae_options["bfloat16"] = args.precision == "bfloat16"
     rows = [row for state in states.values() for row in state["rows"]]

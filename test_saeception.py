@@ -435,6 +435,8 @@ def test_states_do_not_change_and_are_saved_to_go_on(tmp_path):
     rows = final(small_net(), DATA, DATA, state=state)["rows"]
     assert rows[:4] == states[3]["rows"]  # they are not done again
     assert untimed(rows) == untimed(states[-1]["rows"])
+    with pytest.raises(ValueError, match="have sae_k = None"):
+        final(small_net(), DATA, DATA, state=state, sae_k=4)
 
 
 @pytest.mark.parametrize("message, call", [
@@ -787,6 +789,11 @@ def test_settings_reach_what_they_set(run, monkeypatch):
     sae = S.train_sae.call_args
     assert sae.args[1:3] == (40, 5)
     assert sae.kwargs.items() >= dict(epochs=4, min_steps=9, bfloat16=True).items()
+
+
+def test_augmented_digits_and_arms_that_share_no_seed(run):
+    first = run("--limit", 99, "--augment", "flip-crop", *QUICK[2:], "--arms", "sae-ception")
+    run("--resume", first.folder, "--seeds", 1, "--arms", "control")
 
 
 def test_metrics_that_are_not_defined_are_null(run):
