@@ -115,11 +115,12 @@ def train_sae(
     if k is None:
         # Ours: sparse from the start, as L1 takes long to make a dense code sparse. Above 1.28
         # standard deviations a feature fires for one example in ten.
-        sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
+        with torch.autocast(sample.device.type, enabled=False):  # of the caller's
+            sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
         lr_enc = lr_dec = lr or 0.006 * math.sqrt(256 / d_sae)
     else:
         # Ours: a small encoder and a faster decoder learn more in few steps. In wide layers, where
-        # random directions are of no example, features that start turned towards one rarely die.
+        # a random direction matches no example, features that start turned towards one rarely die.
         examples = sample[torch.randint(len(sample), (d_sae,), generator=generator)]
         toward = F.normalize(examples - sample.mean(0), dim=1)
         sae.W_dec.data = F.normalize(sae.W_dec.data + min(0.5, d_in / 2560) * toward, dim=1)
@@ -141,7 +142,8 @@ def train_sae(
         if k is not None:  # ours: 2 k at the start, k after a fifth, which leaves fewer dead
             sae.k = min(d_sae, int(k * 2 ** max(0, 1 - 5 * part_done)))
         batch = h[index].to(sample) * scale  # (B, d_in)
-        with torch.autocast(batch.device.type, torch.bfloat16, bfloat16):
+        # No cache: in an autocast of the caller's, weights would stay as they were at first.
+        with torch.autocast(batch.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
             h_hat, z = sae(batch)
         loss = (h_hat - batch).square().sum(1).mean()
         if k is None:
@@ -180,14 +182,18 @@ def train_sae(
 @contextlib.contextmanager
 def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
     """Within `with capture(layer) as seen:`, `seen.h` is the layer's last output [B, d_in], through
-    which gradients flow: of tokens [B, T, D] the class token, of maps [B, C, H, W] their mean."""
-    seen = SimpleNamespace()
+    which gradients flow: of tokens [B, T, D] the class token, of maps [B, C, H, W] their mean.
+    ValueError for other outputs."""
+    seen = SimpleNamespace(h=None)
 
     def hook(module, inputs, output):
-        if output.ndim == 3:
+        ndim, kind = getattr(output, "ndim", 0), type(module)
+        if ndim == 3:
             output = output[:, 0]
-        elif output.ndim == 4:
+        elif ndim == 4 and kind not in (nn.LayerNorm, nn.Linear):  # they have channels last
             output = output.mean((2, 3))
+        elif ndim != 2:
+            raise ValueError(f"{kind.__name__} gives none of [B, D], [B, T, D], [B, C, H, W]")
         seen.h = output.clone()  # a later layer that works in place must not change it
 
     with layer.register_forward_hook(hook):  # removes the hook in the end
@@ -196,13 +202,19 @@ def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
 
 @torch.no_grad()
 def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
-    """h [N, d_in] and logits [N, n_classes] of x [N, ...], in chunks, in eval mode, where x is."""
+    """h [N, d_in] and logits [N, n_classes] of x [N, ...], in chunks, in eval mode, on x's device.
+    ValueError unless layer and model give a row for each example."""
     h, logits, device = [], [], next(model.parameters()).device
     model.eval()
     with capture(model.get_submodule(layer)) as seen:
         for part in x.split(chunk):
-            logits.append(model(part.to(device)).to(x.device))
+            output = model(part.to(device))
+            seen_both = seen.h is not None and isinstance(output, Tensor)
+            if not (seen_both and len(seen.h) == len(output) == len(part)):
+                raise ValueError(f"the model has to call {layer!r} (compiled, it does not) and to "
+                                 "return a tensor, both with a row per example")  # fmt: skip
             h.append(seen.h.to(x.device))
+            logits.append(output.to(x.device))
     return torch.cat(h), torch.cat(logits)
 
 
@@ -234,7 +246,7 @@ def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
-    """The method's targets [N, d_in]: row i belongs to h[i] and y[i], and lies where h does."""
+    """The method's targets [N, d_in]: row i belongs to h[i] and y[i]; on h's device."""
     mask = class_top_k(h, y, n_classes, top_k, sae.encode)
     targets = torch.empty_like(h)
     for i in range(0, len(h), 2048):
@@ -264,10 +276,14 @@ def fit(
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> None:
     """Train, or train on, with the combined loss. Raises FloatingPointError if it diverges, and
-    ValueError if `targets` cannot train anything."""
+    ValueError for what does not fit together."""
+    if len(y) != len(x):
+        raise ValueError(f"{len(x)} inputs, but {len(y)} class numbers")
     if targets is not None:
         h, _ = activations(model, layer, x[batches(len(x), 4096, 1, seed)[0]])
         variance = h.var(0).mean().item()  # ours: divided by it, one `weight` suits any layer
+        if targets.shape != (len(x), h.shape[1]):
+            raise ValueError(f"targets have to be [{len(x)}, {h.shape[1]}], as h")
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -362,7 +378,7 @@ def calinski_harabasz_score(x: Tensor, labels: Tensor) -> float:
     within = (x - centre[labels]).square().sum() / (len(x) - len(size))
     mean = size.double() @ centre / len(x)
     between = (size.double() @ (centre - mean).square()).sum() / (len(size) - 1)
-    return (between / within).item()
+    return (between / within).item() if within > 0 else 1.0  # as in scikit-learn
 
 
 def adjusted_rand_score(a: Tensor, b: Tensor) -> float:
@@ -406,7 +422,7 @@ def class_selectivity_index(z: Tensor, labels: Tensor) -> float:
 # === 6. Cycles ====================================================================================
 # targets = arm(sae, h, y)      fit(net, targets)      sae = train_sae(new h)      measure(net, sae)
 # An arm is a function (sae, h [N, d_in], y [N], n_classes, top_k) -> targets [N, d_in], or None for
-# no targets. The sae was trained on this h, to measure the cycle before.
+# no targets. One SAE for each state: it measures a cycle, and makes the targets of the next.
 ARMS = {
     "sae-ception": sharpened_targets,
     "control": None,
@@ -576,6 +592,8 @@ def cifar10_vit(
     last block's attention nothing mixes tokens: there the trunk ends, with the class token."""
     patch = 4 if arch == "vit_tiny" else int(arch[-2:])
     size = image_size // patch * patch
+    if size == 0:
+        raise ValueError(f"--image-size {image_size} is less than a patch of {arch}, {patch}")
     if arch == "vit_tiny":
         vit, url = VisionTransformer(size, patch, 4, 4, 128, 512, num_classes=n_classes), None
     else:
@@ -1120,9 +1138,8 @@ def run(args: argparse.Namespace, states: dict) -> None:
 
     fit_options = {key: vars(args)[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
     if args.tune == "all" and args.augment == "flip-crop":
-        fit_options["augment"] = v2.Compose(
-            [v2.RandomHorizontalFlip(), v2.RandomCrop(images.shape[-2:], 4)]
-        )
+        flip_crop = [v2.RandomHorizontalFlip(), v2.RandomCrop(images.shape[-2:], padding=4)]
+        fit_options["augment"] = v2.Compose(flip_crop)
     sae_options = {"l1": args.l1, "epochs": args.sae_epochs, "min_steps": args.sae_min_steps}
     sae_options["bfloat16"] = args.precision == "bfloat16"
     rows = [row for state in states.values() for row in state["rows"]]

@@ -145,6 +145,8 @@ def test_train_sae_reconstructs_repeatably_and_as_well_in_bfloat16(k):
     assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
     assert fvu(sae, h) < 0.1 and (sae.encode(h) > 0).sum(1).float().mean() <= (k or 25)
     assert fvu(rough, h) < 1.2 * fvu(sae, h) + 0.01 and rough.W_dec.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # of a caller, who may have one around everything
+        assert same_parameters(train(bfloat16=True), rough)
 
 
 def test_min_steps_adds_epochs_where_rows_are_few_and_too_few_steps_warn(capsys):
@@ -179,8 +181,8 @@ def test_train_sae_takes_activations_of_any_kind_and_scale():
 # === 2. Hook capture ===
 
 
-def test_capture_of_vectors_tokens_and_maps():
-    identity = nn.Identity()
+def test_capture_of_vectors_tokens_maps_and_nothing_else():
+    identity, lstm, norm = nn.Identity(), nn.LSTM(3, 3), nn.LayerNorm(3)
     shapes = ((5, 3), (5, 7, 3), (5, 3, 4, 4))
     vectors, tokens, maps = (torch.randn(shape, requires_grad=True) for shape in shapes)
     for t, h in ((vectors, vectors), (tokens, tokens[:, 0]), (maps, maps.mean((2, 3)))):
@@ -188,16 +190,29 @@ def test_capture_of_vectors_tokens_and_maps():
             identity(t)
         assert_close(seen.h, h)
         assert seen.h.requires_grad
-    assert not identity._forward_hooks  # no hook is left behind
+    for layer, shape in ((lstm, (2, 5, 3)), (norm, (2, 4, 4, 3))):  # the latter: channels last
+        with pytest.raises(ValueError, match="none of"), S.capture(layer) as seen:
+            layer(torch.randn(shape))
+        assert seen.h is None and not layer._forward_hooks  # no hook is left behind
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
     with S.capture(model[0]) as seen:
         model(vectors)
     assert_close(seen.h, model[0](vectors))  # before the work in place
 
 
-def test_activations_in_chunks():
-    model = small_net()
-    assert_close(S.activations(model, "1", X, chunk=37), (model[:2](X), model(X)))
+def test_activations_in_chunks_of_named_layers_and_what_cannot_be_watched():
+    model, unused, pair = small_net(), small_net(), small_net()
+    model[1].alias = model[0]  # each name of a shared module is good
+    for name, end in (("1", 2), ("1.alias", 1)):
+        assert_close(S.activations(model, name, X, chunk=37), (model[:end](X), model(X)))
+    unused[1].more = nn.ReLU()
+    pair.register_forward_hook(lambda module, inputs, logits: (logits, 1))  # returns no tensor
+    compiled = torch.compile(small_net().eval(), backend="eager")
+    with torch.no_grad():
+        compiled(X[:128])  # a chunk; from now on it does not look for new hooks
+    for model, layer in ((unused, "1.more"), (pair, "1"), (compiled, "_orig_mod.1")):
+        with pytest.raises(ValueError, match=f"the model has to call '{layer}'"):
+            S.activations(model, layer, X)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -328,11 +343,11 @@ def test_silhouette_at_any_scale_and_in_spite_of_rough_products():
     assert found == pytest.approx([naive_scores(x, y)[0]] * len(found), rel=1e-5)
 
 
-def test_silhouette_and_davies_bouldin_of_classes_that_are_one_point_each_or_the_same():
+def test_cluster_metrics_of_classes_that_are_one_point_each_or_all_the_same_one():
     y = torch.arange(10) // 5
     one_place, two_places = torch.full((10, 2), 0.1), torch.randn(2, 3)[y]
-    assert [score(one_place, y) for score in SCORES[:2]] == [0, 0]
-    assert [score(two_places, y) for score in SCORES[:2]] == [pytest.approx(1), 0]
+    assert [score(one_place, y) for score in SCORES] == [0, 0, 1]
+    assert [score(two_places, y) for score in SCORES] == [pytest.approx(1), 0, 1]
 
 
 def test_adjusted_rand():
@@ -441,6 +456,8 @@ def test_states_do_not_change_and_are_saved_to_go_on(tmp_path):
 
 @pytest.mark.parametrize("message, call", [
     ("'l2' is neither", lambda: S.fit(small_net(), "1", X, Y, TARGETS, aux_loss="l2")),
+    ("have to be .400, 8., as h", lambda: S.fit(small_net(), "1", X, Y, TARGETS[:, :1])),
+    ("400 inputs, but 399", lambda: S.fit(small_net(), "1", X, Y[1:])),
     ("nothing that", lambda: S.fit(small_net().requires_grad_(False), "1", X, Y, TARGETS)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, lr=1e38)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X * math.nan, Y)),
@@ -909,6 +926,7 @@ def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypat
     ("--dataset imagenet --tune all", 2, "--tune all keeps all images in memory"),
     ("--dataset cifar10 --arch convnextv2_atto", 2, "for cifar10 choose vit_h_14, vit_l_16"),
     ("--weights no.pt --dataset cifar10 --arch vit_tiny --data-dir {cifar}", 1, "weights no.pt"),
+    ("--dataset cifar10 --data-dir {cifar} --weights none --image-size 13", 2, "a patch of"),
     ("--nosuch 1", 2, "--nosuch"),
     ("--cycles few", 2, "--cycles: invalid int value: 'few'"),
     ("--arch mlp --layer trunk.1 --limit 99 --baseline-epochs 0 --sae-min-steps 0", 2,
