@@ -169,7 +169,7 @@ def train_sae(
     # Fraction of variance unexplained; where h does not vary, only rounding is below the line.
     fvu = (sample - sae(sample)[0]).square().sum() / (sample - sample.mean(0)).square().sum()
     if not fvu < 1e6:
-        raise FloatingPointError("the SAE is not finite, or h is the same for all: lower the lr")
+        raise FloatingPointError("the SAE is not finite (lower the lr), or h is the same for all")
     if fvu > 1:
         print(f"the SAE is no good (FVU {fvu:.2f}): try more steps, or less l1", file=sys.stderr)
     return sae
@@ -231,10 +231,10 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tenso
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
 
-def class_top_k(v: Tensor, y: Tensor, n_classes: int, top_k: int, transform=Tensor.float) -> Tensor:
-    """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean.
-    v: z [N, d_sae], or h with transform=sae.encode. Ours: one that is never used is not kept."""
-    z_mean = class_mean(v, y, n_classes, transform)  # (n_classes, d_sae)
+def class_top_k(z: Tensor, y: Tensor, n_classes: int, top_k: int, transform=Tensor.float) -> Tensor:
+    """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean
+    of transform(z [N, ...]); ours: one that is never used is not kept."""
+    z_mean = class_mean(z, y, n_classes, transform)  # (n_classes, d_sae)
     top = z_mean.topk(top_k, dim=1)
     return torch.zeros_like(z_mean, dtype=torch.bool).scatter(1, top.indices, top.values > 0)
 
@@ -280,10 +280,10 @@ def fit(
     if len(y) != len(x):
         raise ValueError(f"{len(x)} inputs, but {len(y)} class numbers")
     if targets is not None:
-        h, _ = activations(model, layer, x[batches(len(x), 4096, 1, seed)[0]])
-        variance = h.var(0).mean().item()  # ours: divided by it, one `weight` suits any layer
-        if targets.shape != (len(x), h.shape[1]):
-            raise ValueError(f"targets have to be [{len(x)}, {h.shape[1]}], as h")
+        sample, _ = activations(model, layer, x[batches(len(x), 4096, 1, seed)[0]])
+        variance = sample.var(0).mean().item()  # ours: divided by it, one `weight` suits any layer
+        if targets.shape != (len(x), sample.shape[1]):
+            raise ValueError(f"targets have to be [{len(x)}, {sample.shape[1]}], as h")
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -348,7 +348,7 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 512) -> float:
         error = square.diagonal().abs().max()  # a point is at distance 0 from itself
         if x.dtype == torch.float32:  # exact enough but for close points: these are subtracted
             n, m = (~(square > 1e3 * error)).nonzero(as_tuple=True)
-            if (len(n) - chunk) * x.shape[1] > 5 * square.numel():
+            if (len(n) - chunk) * x.shape[1] > 5 * square.numel():  # then this is faster
                 return silhouette_score(x.double(), labels, chunk)
             square[n, m] = (x[i + n] - x[i + m]).square().sum(1)
         distance = square.fill_diagonal_(0).clamp_min_(0).sqrt_()
@@ -427,7 +427,7 @@ ARMS = {
     "sae-ception": sharpened_targets,
     "control": None,
     # Ours: what the SAE makes of h with all features; the mean h of the class, no SAE in it.
-    "reconstruction": lambda sae, h, y, n, top_k: sharpened_targets(sae, h, y, n, len(sae.W_dec)),
+    "unsharpened": lambda sae, h, y, n, top_k: sharpened_targets(sae, h, y, n, len(sae.W_dec)),
     "class-mean": lambda sae, h, y, n, top_k: class_mean(h, y, n)[y.long()],
 }
 
@@ -749,8 +749,10 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
         *test, test_names = load_files(dataset, data_dir, train=False)
         if names != test_names:
             raise ValueError(f"{data_dir}: train and val need folders of the same classes")
-    share = 6 if dataset in ("digits", "mnist") else 10
-    n_val = min(25_000, max(1, len(train[1]) // share))
+    if len(train[1]) < 2:
+        raise ValueError(f"{data_dir}: one image is not enough to train on")
+    parts = 6 if dataset in ("digits", "mnist") else 10
+    n_val = min(25_000, max(1, len(train[1]) // parts))
     generator = torch.Generator().manual_seed(0)
     order, test_order = (torch.randperm(len(y), generator=generator) for _, y in (train, test))
     splits = {"train": (train, order[n_val:]), "val": (train, order[:n_val])}
@@ -1036,19 +1038,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     # ImageNet's folders are n01440764 to n15075141; sorted, they are in a checkpoint's order.
     if first.dataset == "imagenet" and len([*Path(first.data_dir, "train").glob("n*")]) != 1000:
         setting = "convnext_own"
-    parser, before, states = make_parser(setting), {"arch": arch}, {}
+    parser, saved, states = make_parser(setting), {"arch": arch}, {}
     if first.resume:
         with explained(f"no run in {first.resume}", "name the folder of a run", ValueError):
-            saved = torch.load(Path(first.resume, "checkpoint.pt"), "cpu", weights_only=True)
-            before, states = saved["config"], saved["states"]
-    parser.set_defaults(**before)
+            checkpoint = torch.load(Path(first.resume, "checkpoint.pt"), "cpu", weights_only=True)
+            saved, states = checkpoint["config"], checkpoint["states"]
+    parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    free = "cycles seeds arms device workers resume data_dir out_dir cache_dir".split()
-    for key, value in before.items():
-        if key not in free and getattr(args, key) != value:
-            raise ValueError(f"--resume: the run has {key} = {value}; leave this option out")
-    if args.arch not in ARCHS[args.dataset]:
-        raise ValueError(f"--arch: for {args.dataset} choose {', '.join(ARCHS[args.dataset])}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     with explained(f"no --device {args.device} here", "use --device cpu", ValueError):
@@ -1058,6 +1054,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
         args.precision = "bfloat16" if fast else "float32"
     if args.sae == "l1":
         args.sae_k = None
+    free = "cycles seeds arms device workers resume data_dir out_dir cache_dir".split()
+    for key, value in saved.items():
+        if key not in free and getattr(args, key) != value:
+            raise ValueError(f"--resume: the run has {key} = {value}; leave this option out")
+    if args.arch not in ARCHS[args.dataset]:
+        raise ValueError(f"--arch: for {args.dataset} choose {', '.join(ARCHS[args.dataset])}")
     if max(args.top_k, args.sae_k or 0) > args.d_sae:
         raise ValueError(f"--top-k and --sae-k have to be at most --d-sae, {args.d_sae}")
     if args.dataset == "imagenet" and args.tune == "all":
@@ -1076,12 +1078,14 @@ def build(args: argparse.Namespace, n_classes: int, seed: int) -> tuple[nn.Modul
     elif args.arch.startswith("vit"):
         trunk, model, _ = cifar10_vit(args.arch, args.image_size, n_classes, args.weights)
     else:
+        if args.image_size < 32:
+            raise ValueError("--image-size has to be at least 32 for a ConvNeXt")
         trunk, model, _ = imagenet_convnext(args.arch, n_classes, args.weights)
     if args.tune == "all":
         model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
-    layers = dict(model.named_modules())
+    layers = [name for name, _ in model.named_modules() if name]
     if args.layer not in layers:
-        raise ValueError(f"--layer: the layers are {', '.join(filter(None, layers))}")
+        raise ValueError(f"--layer: the layers are {', '.join(layers)}")
     return trunk, model
 
 
@@ -1116,6 +1120,9 @@ def run(args: argparse.Namespace, states: dict) -> None:
     if local > 0:
         dist.barrier()  # until the first process of this machine has downloaded everything
     splits, names = load_data(args.dataset, args.data_dir, args.limit)
+    labels = zlib.crc32(torch.cat([y for _, y in splits.values()]).numpy())
+    if vars(args).setdefault("labels", labels) != labels:  # those of the run that is resumed
+        raise ValueError(f"--resume: the images in {args.data_dir} are not those of the run")
     trunk, model = build(args, len(names), args.seeds[0])
     if world > 1:
         if local == 0:

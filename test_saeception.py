@@ -174,7 +174,7 @@ def test_train_sae_takes_activations_of_any_kind_and_scale():
     small, large = (S.train_sae(scale * h, 16, min_steps=50) for scale in (1, 1024))
     assert_close(large.encode(1024 * h), 1024 * small.encode(h), rtol=1e-2, atol=2)
     for value in (0.0, 0.1, math.nan):
-        with pytest.raises(FloatingPointError, match="not finite, or h is the same for all"):
+        with pytest.raises(FloatingPointError, match="not finite .*, or h is the same for all"):
             S.train_sae(torch.full((99, 4), value), 8, min_steps=5)
 
 
@@ -255,7 +255,7 @@ def test_targets_belong_to_their_images():
     assert_close(targets, sae.decode(torch.where(mask[y], z, 0)))
     order = torch.randperm(len(h), generator=torch.Generator().manual_seed(1))
     assert_close(S.sharpened_targets(sae, h[order], y[order].int(), 4, 5), targets[order])
-    assert_close(S.ARMS["reconstruction"](sae, h, y, 4, 3), sae(h)[0])  # with all features
+    assert_close(S.ARMS["unsharpened"](sae, h, y, 4, 3), sae(h)[0])  # with all features
 
 
 # === 4. Combined loss ===
@@ -695,6 +695,11 @@ def test_photos_are_found_and_decoded(tmp_path):
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
     with pytest.raises(ValueError, match="need folders of the same classes"):
         S.load_data("imagenet", tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / "one" / split / "cat").mkdir(parents=True)
+        (tmp_path / "one" / split / "cat" / "a.png").write_bytes(frame.read_bytes())
+    with pytest.raises(ValueError, match="one image is not enough"):
+        S.load_data("imagenet", tmp_path / "one")
 
 
 # === 9. Trunk pass ===
@@ -785,6 +790,7 @@ def test_run_end_to_end(tmp_path, run):
     resumed = run("--resume", folder)
     assert resumed.out == first.out and "SAE" not in resumed.err  # nothing is trained anew
     assert rows_of(folder) == results["rows"]
+    run("--resume", folder, "--precision", "auto")
     assert "the run has top_k = 8" in run("--resume", folder, "--top-k", 9, status=2).err
     (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:100])
     assert "no run in" in run("--resume", folder, status=2).err
@@ -903,6 +909,8 @@ def test_photos_end_to_end(tmp_path, run):
         os.utime(file)  # a copy or a checkout does so; the photos are the same
     run("--resume", folder)
     assert kept() == after and rows_of(folder) == rows
+    next(data.glob("train/dog/*")).unlink()
+    assert "are not those of the run" in run("--resume", folder, status=2).err
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
@@ -927,12 +935,14 @@ def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypat
     ("--dataset cifar10 --arch convnextv2_atto", 2, "for cifar10 choose vit_h_14, vit_l_16"),
     ("--weights no.pt --dataset cifar10 --arch vit_tiny --data-dir {cifar}", 1, "weights no.pt"),
     ("--dataset cifar10 --data-dir {cifar} --weights none --image-size 13", 2, "a patch of"),
+    ("--dataset imagenet --data-dir {photos} --image-size 31", 2, "--image-size .* at least 32"),
     ("--nosuch 1", 2, "--nosuch"),
     ("--cycles few", 2, "--cycles: invalid int value: 'few'"),
     ("--arch mlp --layer trunk.1 --limit 99 --baseline-epochs 0 --sae-min-steps 0", 2,
      "nothing that is trained is in or below layer 'trunk.1'"),
     ("--sae topk --sae-k 600", 2, "--sae-k have to be at most --d-sae, 512"),
-    ("--arch mlp --layer nosuch", 2, "trunk.1, fc1, relu1, fc2, relu2, head"),
+    ("--arch mlp --layer nosuch", 2, "the layers are trunk, trunk.0, trunk.1, fc1, relu1, fc2,"),
+    ("--arch mlp --layer=", 2, "the layers are trunk"),
     ("--arch mlp --lr 1e9", 1, "seed 0 cycle 0 baseline: the loss diverged in epoch"),
     ("--arch mlp --out-dir {file}", 1, "cannot write .*/file/"),
     pytest.param("--device cuda", 2, "--device cpu", marks=pytest.mark.skipif(
@@ -940,7 +950,8 @@ def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypat
 ])  # fmt: skip
 def test_bad_input_gets_one_line(arguments, status, message, tmp_path, run, cifar):
     (tmp_path / "file").write_text("in the way")
-    arguments = arguments.format(cifar=cifar, file=tmp_path / "file")
+    photos = write_photos(tmp_path / "photos")
+    arguments = arguments.format(cifar=cifar, file=tmp_path / "file", photos=photos)
     assert re.search(message, run(*arguments.split(), status=status).err)
 
 
