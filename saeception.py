@@ -55,10 +55,10 @@ class SparseAutoencoder(nn.Module):
     """ReLU SAE (Bricken et al. 2023, "Towards Monosemanticity") or, with k, TopK SAE: the k largest
     features of each example (Gao et al. 2024, arXiv:2406.04093). Names are those of SAELens."""
 
-    def __init__(self, d_in: int, d_sae: int, k: int | None = None, generator=None):
+    def __init__(self, d_in: int, d_sae: int, k: int | None = None):
         super().__init__()
         self.k = k
-        directions = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        directions = F.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(directions)  # (d_sae, d_in)
         self.W_enc = nn.Parameter(directions.T.contiguous())  # tied at the start, free afterwards
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -107,10 +107,13 @@ def train_sae(
     al., the root of the learning rate as in Gao et al.; the rest of the recipe is ours, see the
     comments. FloatingPointError for an SAE that is not finite or an h that does not vary."""
     h, d_in = h.detach(), h.shape[1]
-    sample = h[batches(len(h), 4096, 1, seed)[0]].to(device=device, dtype=torch.float32)
+    index = batches(len(h), 4096, 1, seed)[0]  # at random
+    sample = h[index].to(device=device, dtype=torch.float32)
     scale = 1 / sample.square().mean().sqrt()
-    generator = torch.Generator().manual_seed(seed)
-    sae = SparseAutoencoder(d_in, d_sae, k, generator).to(sample.device)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.default_generator.manual_seed(seed)
+        sae = SparseAutoencoder(d_in, d_sae, k).to(sample.device)
+        examples = sample[torch.randint(len(sample), (d_sae,))]
     sae.b_dec.data = sample.mean(0) * scale
     if k is None:
         # Ours: sparse from the start, as L1 takes long to make a dense code sparse. Above 1.28
@@ -121,7 +124,6 @@ def train_sae(
     else:
         # Ours: a small encoder and a faster decoder learn more in few steps. In wide layers, where
         # a random direction matches no example, features that start turned towards one rarely die.
-        examples = sample[torch.randint(len(sample), (d_sae,), generator=generator)]
         toward = F.normalize(examples - sample.mean(0), dim=1)
         sae.W_dec.data = F.normalize(sae.W_dec.data + min(0.5, d_in / 2560) * toward, dim=1)
         sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 4 / math.sqrt(d_in))
@@ -231,7 +233,9 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tenso
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
 
-def class_top_k(z: Tensor, y: Tensor, n_classes: int, top_k: int, transform=Tensor.float) -> Tensor:
+def class_top_k(
+    z: Tensor, y: Tensor, n_classes: int, top_k: int, transform: Callable = Tensor.float
+) -> Tensor:
     """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean
     of transform(z [N, ...]); ours: one that is never used is not kept."""
     z_mean = class_mean(z, y, n_classes, transform)  # (n_classes, d_sae)
@@ -245,7 +249,9 @@ def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sharpened_targets(sae, h: Tensor, y: Tensor, n_classes: int, top_k: int) -> Tensor:
+def sharpened_targets(
+    sae: SparseAutoencoder, h: Tensor, y: Tensor, n_classes: int, top_k: int
+) -> Tensor:
     """The method's targets [N, d_in]: row i belongs to h[i] and y[i]; on h's device."""
     mask = class_top_k(h, y, n_classes, top_k, sae.encode)
     targets = torch.empty_like(h)
@@ -433,7 +439,9 @@ ARMS = {
 
 
 @torch.no_grad()
-def measure(model: nn.Module, layer: str, sae, x: Tensor, y: Tensor) -> dict[str, float]:
+def measure(
+    model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: Tensor
+) -> dict[str, float]:
     """Accuracy of the model, quality of the SAE, and how well the classes are separated: in the
     SAE's features z and, with h_ in front, in h itself. A score that is not defined is nan."""
     h, logits = activations(model, layer, x)
@@ -1166,14 +1174,14 @@ def run(args: argparse.Namespace, states: dict) -> None:
             print(table(rows[-1:]).splitlines()[1], flush=True)
             save_run(folder, vars(args), states)
     print(summary(rows))
-    codes, state = {}, states[args.seeds[0]]
-    for arm in state["models"]:
+    codes, panels, state = {}, {}, states[args.seeds[0]]
+    scores = {row["arm"]: row["silhouette"] for row in state["rows"]}  # each arm's last
+    for arm, score in scores.items():
         net, sae = restore(model, state, arm)
         h, _ = activations(net, args.layer, splits["test"][0])
-        score = [row["silhouette"] for row in state["rows"] if row["arm"] == arm][-1]
-        codes[f"{arm}: silhouette {score:.3f}"] = sae.encode(h).cpu()
-    draw_clusters(folder / "clusters.png", codes, y_test, names)
-    z = list(codes.values())[:2][-1]  # of the first arm or, without any, of the baseline
+        codes[arm] = panels[f"{arm}: silhouette {score:.3f}"] = sae.encode(h).cpu()
+    draw_clusters(folder / "clusters.png", panels, y_test, names)
+    z = codes.get(args.arms[0], codes["baseline"])
     draw_features(folder / "features.png", z, y_test, names, images, args.image_size)
 
 
