@@ -42,6 +42,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.transforms import v2
@@ -118,7 +119,7 @@ def train_sae(
     if k is None:
         # Ours: sparse from the start, as L1 takes long to make a dense code sparse. Above 1.28
         # standard deviations a feature fires for one example in ten.
-        with torch.autocast(sample.device.type, enabled=False):  # of the caller's
+        with torch.autocast(sample.device.type, enabled=False):  # the caller may be in one
             sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
         lr_enc = lr_dec = lr or 0.006 * math.sqrt(256 / d_sae)
     else:
@@ -129,20 +130,18 @@ def train_sae(
         sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 4 / math.sqrt(d_in))
         lr_enc = lr or 0.005 * math.sqrt(256 / d_sae)
         lr_dec = 2 * lr_enc
-    encoder, decoder = [sae.W_enc, sae.b_enc], [sae.W_dec, sae.b_dec]
-    optimizer = torch.optim.Adam([{"params": encoder}, {"params": decoder}], fused=True)
+    encoder = {"params": [sae.W_enc, sae.b_enc], "lr": lr_enc}
+    decoder = {"params": [sae.W_dec, sae.b_dec], "lr": lr_dec}
+    optimizer = torch.optim.Adam([encoder, decoder], fused=True)
 
     steps_per_epoch = max(1, len(h) // batch_size)
     epochs = max(epochs, math.ceil(min_steps / steps_per_epoch))
     steps = batches(len(h), batch_size, epochs, seed)
+    # Ours: the last fifth takes the learning rates to zero, for less noise and a lower error.
+    fall = LambdaLR(optimizer, lambda step: min(1, 5 * (1 - step / len(steps))))
     for step, index in enumerate(progress(steps)):
-        # Ours: the last fifth takes the learning rate to zero, for less noise and a lower error.
-        part_done = step / len(steps)
-        fall = min(1, 5 * (1 - part_done))
-        for group, lr_start in zip(optimizer.param_groups, (lr_enc, lr_dec), strict=True):
-            group["lr"] = lr_start * fall
         if k is not None:  # ours: 2 k at the start, k after a fifth, which leaves fewer dead
-            sae.k = min(d_sae, int(k * 2 ** max(0, 1 - 5 * part_done)))
+            sae.k = min(d_sae, int(k * 2 ** max(0, 1 - 5 * step / len(steps))))
         batch = h[index].to(sample) * scale  # (B, d_in)
         # No cache: in an autocast of the caller's, weights would stay as they were at first.
         with torch.autocast(batch.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
@@ -162,7 +161,8 @@ def train_sae(
             # Ours, in place of Bricken et al.'s resampling: a feature that the batch does not use
             # gets no gradient; its bias rises until it is used.
             unused = z.sum(0) == 0  # (d_sae,)
-            sae.b_enc += 0.1 * lr_enc * fall * math.sqrt(d_in) * unused
+            sae.b_enc += 0.1 * fall.get_last_lr()[0] * math.sqrt(d_in) * unused
+            fall.step()
 
     sae.k = k
     sae.requires_grad_(False)
@@ -173,7 +173,9 @@ def train_sae(
     if not fvu < 1e6:
         raise FloatingPointError("the SAE is not finite (lower the lr), or h is the same for all")
     if fvu > 1:
-        print(f"the SAE is no good (FVU {fvu:.2f}): try more steps, or less l1", file=sys.stderr)
+        print(
+            f"the SAE is no good (FVU {fvu:.2f}): try more steps, less l1, more k", file=sys.stderr
+        )
     return sae
 
 
@@ -184,8 +186,8 @@ def train_sae(
 @contextlib.contextmanager
 def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
     """Within `with capture(layer) as seen:`, `seen.h` is the layer's last output [B, d_in], through
-    which gradients flow: of tokens [B, T, D] the class token, of maps [B, C, H, W] their mean.
-    ValueError for other outputs."""
+    which gradients flow: of tokens [B, T, D] the class token, of maps, taken as [B, C, H, W], their
+    mean. ValueError for other outputs."""
     seen = SimpleNamespace(h=None)
 
     def hook(module, inputs, output):
@@ -217,7 +219,8 @@ def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tu
                                  "return a tensor, both with a row per example")  # fmt: skip
             h.append(seen.h.to(x.device))
             logits.append(output.to(x.device))
-    return torch.cat(h), torch.cat(logits)
+    h = torch.cat(h)  # frees the parts, which may be large, before the next line
+    return h, torch.cat(logits)
 
 
 # === 3. Feature sharpening ========================================================================
@@ -300,7 +303,7 @@ def fit(
             inputs, labels = x[index].to(device), y[index].to(device).long()
             if augment is not None:
                 inputs = torch.stack([augment(image) for image in inputs])
-            loss = task_loss = F.cross_entropy(model(inputs), labels)
+            loss = F.cross_entropy(model(inputs), labels)
             if targets is not None:
                 h, target = seen.h, targets[index].detach().to(seen.h)
                 if not h.requires_grad:
@@ -312,13 +315,13 @@ def fit(
                 else:
                     raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
                 # Ours: the weight falls, as the targets are of the model as it was at the start.
-                loss = task_loss + weight * (1 - step / len(steps)) * aux
+                loss = loss + weight * (1 - step / len(steps)) * aux
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             epoch, rest = divmod(step + 1, len(steps) // epochs)
             # Dead ReLUs can hold a diverged network at a finite, but very large loss.
-            if rest == 0 and not task_loss < 1e6:
+            if rest == 0 and not loss < 1e6:
                 raise FloatingPointError(f"the loss diverged in epoch {epoch}; lower lr")
     model.eval()
 
@@ -343,7 +346,7 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 512) -> float:
     """Mean of (b - a) / max(a, b) (Rousseeuw 1987), -1 to 1, high is well separated: a, b are a
     point's mean distances to its own cluster and to the nearest other; alone in its own, 0."""
     x, labels, size, centre = _clusters(x, labels)
-    x = x - (size.double() @ centre / len(x)).to(x)
+    x = x - (size.double() @ centre / len(x)).to(x)  # smaller numbers are rounded less
     norm = x.square().sum(1)  # (N,)
     member = F.one_hot(labels).to(x)  # (N, C)
     sums = torch.zeros_like(member, dtype=torch.float64)  # of distances to each cluster
@@ -351,20 +354,21 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 512) -> float:
         part, rest = slice(i, i + chunk), slice(i, None)  # by symmetry, those before are done
         # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
         square = torch.addmm(norm[part], x[rest], x[part].T, alpha=-2) + norm[rest, None]
-        error = square.diagonal().abs().max()  # a point is at distance 0 from itself
+        error = square.diagonal().abs().max()  # of rounding, as a point's own distance is 0
         if x.dtype == torch.float32:  # exact enough but for close points: these are subtracted
-            n, m = (~(square > 1e3 * error)).nonzero(as_tuple=True)
-            if (len(n) - chunk) * x.shape[1] > 5 * square.numel():  # then this is faster
+            row, column = (~(square > 1e3 * error)).nonzero(as_tuple=True)  # or not finite
+            if (len(row) - chunk) * x.shape[1] > 5 * square.numel():  # then this is faster
                 return silhouette_score(x.double(), labels, chunk)
-            square[n, m] = (x[i + n] - x[i + m]).square().sum(1)
+            square[row, column] = (x[i + row] - x[i + column]).square().sum(1)
         distance = square.fill_diagonal_(0).clamp_min_(0).sqrt_()
         sums[rest] += distance @ member[part]
         sums[part] += distance[chunk:].T @ member[i + chunk :]
     mean = sums / (size - member).clamp_min(1)  # over other points than itself
     a = (mean * member).sum(1)
     b = mean.masked_fill(member == 1, torch.inf).amin(1)
-    s = ((b - a) / torch.maximum(a, b)).nan_to_num(0)  # 0/0: all the points are one
-    return s.where(size[labels] > 1, 0).mean().item()
+    s = (b - a) / torch.maximum(a, b)
+    s[(size[labels] == 1) | (a == b)] = 0  # 0/0 where all the points are one
+    return s.mean().item()
 
 
 def davies_bouldin_score(x: Tensor, labels: Tensor) -> float:
@@ -384,7 +388,7 @@ def calinski_harabasz_score(x: Tensor, labels: Tensor) -> float:
     within = (x - centre[labels]).square().sum() / (len(x) - len(size))
     mean = size.double() @ centre / len(x)
     between = (size.double() @ (centre - mean).square()).sum() / (len(size) - 1)
-    return (between / within).item() if within > 0 else 1.0  # as in scikit-learn
+    return (between / within).item() if within != 0 else 1.0  # as in scikit-learn
 
 
 def adjusted_rand_score(a: Tensor, b: Tensor) -> float:
@@ -456,26 +460,26 @@ def measure(
     }
     # A unit of h, which may have no natural zero, "fires" above its 75th percentile.
     active = h > h.kthvalue(3 * (len(h) - 1) // 4 + 1, dim=0).values
-    scores = {
+    scores = {  # and what they take of h
         "silhouette": (silhouette_score, h),
         "davies_bouldin": (davies_bouldin_score, h),
         "calinski_harabasz": (calinski_harabasz_score, h),
         "class_selectivity": (class_selectivity_index, h),
         "uncertainty": (uncertainty_coefficient, active),
     }
-    for name, (score, h_or_active) in scores.items():
+    for name, (score, of_h) in scores.items():
         row[name] = row[f"h_{name}"] = math.nan
         if 2 <= len(y.unique()) < len(y):
-            row[name], row[f"h_{name}"] = score(z, y), score(h_or_active, y)
+            row[name], row[f"h_{name}"] = score(z, y), score(of_h, y)
     return row
 
 
 def restore(model: nn.Module, state: dict, arm: str) -> tuple[nn.Module, SparseAutoencoder]:
     """The latest model and SAE of an arm, or of the "baseline", from a state of `saeception`."""
-    net, sae_weights = copy.deepcopy(model), state["saes"][arm]
+    net, (k, weights) = copy.deepcopy(model), state["saes"][arm]
     net.load_state_dict(state["models"][arm])
-    sae = SparseAutoencoder(*sae_weights["W_enc"].shape, state["sae_k"])
-    sae.load_state_dict(sae_weights)
+    sae = SparseAutoencoder(*weights["W_enc"].shape, k)
+    sae.load_state_dict(weights)
     return net, sae.to(next(net.parameters()).device).requires_grad_(False)
 
 
@@ -504,9 +508,7 @@ def saeception(
     x, y = train
     arms = arms or {name: ARMS[name] for name in ("sae-ception", "control")}
     sae_options = {"device": next(model.parameters()).device} | (sae_options or {})
-    state = state or {"rows": [], "sae_k": sae_k, "models": {}, "saes": {}}
-    if state["sae_k"] != sae_k:
-        raise ValueError(f"the SAEs of this state have sae_k = {state['sae_k']}")
+    state = state or {"rows": [], "models": {}, "saes": {}}
     done = {(row["cycle"], row["arm"]) for row in state["rows"]}  # in an earlier call
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
     for cycle, arm in [stage for stage in plan if stage not in done]:
@@ -522,10 +524,11 @@ def saeception(
             if arms[arm] is not None:
                 h, logits = activations(net, layer, x)
                 targets = arms[arm](sae, h, y.to(h.device), logits.shape[1], top_k)
+                del h, logits  # each may be as large as x: room for what follows
         try:
             show = partial(progress, desc=f"{what}: train")
             fit(net, layer, x, y, targets, weight, progress=show, **options)
-            h = targets = None  # they may be large: room for the new h
+            targets = None
             h, _ = activations(net, layer, x)
             show = partial(progress, desc=f"{what}: SAE")
             sae = train_sae(h, d_sae, sae_k, seed=options["seed"], progress=show, **sae_options)
@@ -538,7 +541,7 @@ def saeception(
         state = state | {  # a new one: a state does not change once it is yielded
             "rows": state["rows"] + [row],
             "models": state["models"] | {arm: net.state_dict()},
-            "saes": state["saes"] | {arm: sae.state_dict()},
+            "saes": state["saes"] | {arm: (sae.k, sae.state_dict())},
         }
         yield state
 
@@ -546,7 +549,7 @@ def saeception(
 # === 7. Networks ==================================================================================
 # images --trunk (frozen, run once)--> x --model (trained)--> logits
 # Each function gives the trunk, which takes uint8 images [B, C, H, W], the model, and the name of
-# the layer that the paper takes. model(trunk(images)) is the whole network.
+# the layer to take. model(trunk(images)) is the whole network.
 
 
 def mnist_mlp(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
@@ -675,9 +678,10 @@ def imagenet_convnext(
 
 
 def load_weights(net: nn.Module, weights: str, url: str | None, translate: Callable = dict) -> None:
-    """Fill `net` from the file `weights` or, for "auto", `url`, which torch.hub keeps. `translate`
-    makes a state dict of `net` from the file's, which may have more. OSError if that fails."""
-    if weights == "none":
+    """Fill `net` from the file `weights` or, for "auto", from `url`, if any; torch.hub keeps it.
+    `translate` makes a state dict of `net` from the file's, which may have more. OSError if that
+    fails."""
+    if weights == "none" or (weights == "auto" and url is None):
         return
     advice = f"put its file to {torch.hub.get_dir()}/checkpoints, or use --weights PATH or none"
     with explained(f"cannot use the weights {url if weights == 'auto' else weights}", advice):
@@ -878,7 +882,7 @@ def summary(rows: list[dict]) -> str:
     groups, lines = {}, []  # groups: (cycle, arm): {seed: values}
     for row in rows:
         group = groups.setdefault((row["cycle"], row["arm"]), {})
-        group[row["seed"]] = np.array(list(row.values())[3:])
+        group[row["seed"]] = np.array(list(row.values())[3:])  # behind seed, cycle, arm
     for cycle, arm in list(groups):
         if arm == "sae-ception" and (cycle, "control") in groups:
             ours, control = groups[cycle, arm], groups[cycle, "control"]
@@ -989,7 +993,7 @@ def make_parser(setting: str) -> argparse.ArgumentParser:
 
     def option(name, kind, default, meaning, choices=None, nargs=None, **others):
         text = f"{meaning} (default: {default}"
-        for start, value in others.items():  # for settings that start so; the last holds
+        for start, value in others.items():  # for settings that start so; a later one overrides
             text += f", {value} for {start}"
             if setting.startswith(start):
                 default = value
@@ -1107,8 +1111,11 @@ def cached_splits(args, trunk: nn.Module, splits: dict, share: tuple[int, int] =
     trunk.to(args.device)
     for split, (images, y) in splits.items():
         show = partial(show_progress, desc=f"trunk, {split} split, 2048 images a step")
-        options = args.device, args.precision == "bfloat16", args.batch_size, args.image_size
-        x = trunk_features(trunk, images, folder, *options, args.workers, share, show)
+        x = trunk_features(
+            trunk, images, folder, args.device, bfloat16=args.precision == "bfloat16",
+            batch_size=args.batch_size, size=args.image_size, workers=args.workers, share=share,
+            progress=show,
+        )  # fmt: skip
         result[split] = x, y
     return result
 
@@ -1128,9 +1135,10 @@ def run(args: argparse.Namespace, states: dict) -> None:
     if local > 0:
         dist.barrier()  # until the first process of this machine has downloaded everything
     splits, names = load_data(args.dataset, args.data_dir, args.limit)
-    labels = zlib.crc32(torch.cat([y for _, y in splits.values()]).numpy())
-    if vars(args).setdefault("labels", labels) != labels:  # those of the run that is resumed
-        raise ValueError(f"--resume: the images in {args.data_dir} are not those of the run")
+    classes = zlib.crc32(torch.cat([y for _, y in splits.values()]).numpy())
+    args.classes = getattr(args, "classes", classes)  # those of the run that is resumed
+    if args.classes != classes:
+        raise ValueError(f"--resume: the images in {args.data_dir} are not the run's")
     trunk, model = build(args, len(names), args.seeds[0])
     if world > 1:
         if local == 0:
