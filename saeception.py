@@ -574,16 +574,11 @@ PIXELS = [  # uint8 images to what ImageNet's networks want
 ]
 
 
-class AttentionHalf(nn.Module):
-    """The first half of a transformer block, for the class token alone: [B, T, D] -> [B, 1, D]."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.ln_1, self.self_attention = block.ln_1, block.self_attention
+class Zero(nn.Module):
+    """In place of its MLP, this makes the first half of a transformer block, which mixes tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.ln_1(x)
-        return x[:, :1] + self.self_attention(y[:, :1], y, y, need_weights=False)[0]
+        return torch.zeros_like(x)
 
 
 class Residual(nn.Sequential):
@@ -614,9 +609,9 @@ def cifar10_vit(
     last, norm, head = vit.encoder.layers[-1], vit.encoder.ln, vit.heads.head  # head: zeros
     vit.heads = nn.Identity()
     load_weights(vit, weights, url, partial(interpolate_embeddings, size, patch))
-    vit.encoder.layers[-1], vit.encoder.ln = AttentionHalf(last), nn.Identity()
     resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)
     mlp = Residual(OrderedDict(ln_2=last.ln_2, mlp=last.mlp))
+    last.ln_2, last.mlp, vit.encoder.ln = nn.Identity(), Zero(), nn.Identity()
     model = nn.Sequential(OrderedDict(mlp=mlp, ln=norm, head=head))
     return nn.Sequential(resize, *PIXELS, vit), model, "ln"
 
