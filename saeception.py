@@ -97,7 +97,7 @@ def train_sae(
     epochs: int = 10,
     min_steps: int = 1000,  # more epochs where rows are few; 0 switches it off
     batch_size: int = 256,
-    lr: float | None = None,  # of Adam. None: 0.006 (TopK: 0.005) * sqrt(256 / d_sae)
+    lr: float | None = None,  # of Adam. None: 0.006 * sqrt(256 / d_sae)
     seed: int = 0,
     device: torch.device | str | None = None,  # where the SAE trains. None: where h is
     bfloat16: bool = False,  # products in bfloat16: as good and, on many machines, much faster
@@ -108,6 +108,7 @@ def train_sae(
     al., the root of the learning rate as in Gao et al.; the rest of the recipe is ours, see the
     comments. FloatingPointError for an SAE that is not finite or an h that does not vary."""
     h, d_in = h.detach(), h.shape[1]
+    lr = lr or 0.006 * math.sqrt(256 / d_sae)
     index = batches(len(h), 4096, 1, seed)[0]  # at random
     sample = h[index].to(device=device, dtype=torch.float32)
     scale = 1 / sample.square().mean().sqrt()
@@ -121,15 +122,18 @@ def train_sae(
         # standard deviations a feature fires for one example in ten.
         with torch.autocast(sample.device.type, enabled=False):  # the caller may be in one
             sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
-        lr_enc = lr_dec = lr or 0.006 * math.sqrt(256 / d_sae)
+        lr_enc = lr_dec = lr
+        slope = 5
     else:
-        # Ours: a small encoder and a faster decoder learn more in few steps. In wide layers, where
-        # a random direction matches no example, features that start turned towards one rarely die.
+        # Ours: a small, slow encoder and a fast decoder learn more in few steps and overfit less in
+        # many. In wide layers, where a random direction matches no example, features that start
+        # turned towards one rarely die.
         toward = F.normalize(examples - sample.mean(0), dim=1)
-        sae.W_dec.data = F.normalize(sae.W_dec.data + min(0.5, d_in / 2560) * toward, dim=1)
-        sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 4 / math.sqrt(d_in))
-        lr_enc = lr or 0.005 * math.sqrt(256 / d_sae)
-        lr_dec = 2 * lr_enc
+        sae.W_dec.data = F.normalize(sae.W_dec.data + min(0.6, d_in / 2300) * toward, dim=1)
+        sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 6 / math.sqrt(d_in))
+        lr_enc = min(0.8, 20 / math.sqrt(d_in)) * lr
+        lr_dec = 1.8 * lr
+        slope = 2.5
     encoder = {"params": [sae.W_enc, sae.b_enc], "lr": lr_enc}
     decoder = {"params": [sae.W_dec, sae.b_dec], "lr": lr_dec}
     optimizer = torch.optim.Adam([encoder, decoder], fused=True)
@@ -137,8 +141,11 @@ def train_sae(
     steps_per_epoch = max(1, len(h) // batch_size)
     epochs = max(epochs, math.ceil(min_steps / steps_per_epoch))
     steps = batches(len(h), batch_size, epochs, seed)
-    # Ours: the last fifth takes the learning rates to zero, for less noise and a lower error.
-    fall = LambdaLR(optimizer, lambda step: min(1, 5 * (1 - step / len(steps))))
+
+    def fall(step):  # ours: learning rates go to zero in the last fifth, of TopK two fifths
+        return min(1, slope * (1 - step / len(steps)))
+
+    schedule = LambdaLR(optimizer, fall)
     for step, index in enumerate(progress(steps)):
         if k is not None:  # ours: 2 k at the start, k after a fifth, which leaves fewer dead
             sae.k = min(d_sae, int(k * 2 ** max(0, 1 - 5 * step / len(steps))))
@@ -161,8 +168,8 @@ def train_sae(
             # Ours, in place of Bricken et al.'s resampling: a feature that the batch does not use
             # gets no gradient; its bias rises until it is used.
             unused = z.sum(0) == 0  # (d_sae,)
-            sae.b_enc += 0.1 * fall.get_last_lr()[0] * math.sqrt(d_in) * unused
-            fall.step()
+            sae.b_enc += 0.1 * lr * fall(step) * math.sqrt(d_in) * unused
+            schedule.step()
 
     sae.k = k
     sae.requires_grad_(False)
