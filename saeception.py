@@ -561,18 +561,30 @@ def saeception(
 
 def mnist_mlp(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
     """The paper's MLP 784-16-16-10; its layer is the first hidden one, after the ReLU."""
-    layers = {"fc1": nn.Linear(784, 16), "relu1": nn.ReLU(), "fc2": nn.Linear(16, 16)}
-    layers |= {"relu2": nn.ReLU(), "head": nn.Linear(16, n_classes)}
     trunk = nn.Sequential(v2.ToDtype(torch.float32, scale=True), nn.Flatten())  # pixels from 0 to 1
-    return trunk, nn.Sequential(OrderedDict(layers)), "relu1"
+    layers = OrderedDict(
+        fc1=nn.Linear(784, 16),
+        relu1=nn.ReLU(),
+        fc2=nn.Linear(16, 16),
+        relu2=nn.ReLU(),
+        head=nn.Linear(16, n_classes),
+    )
+    return trunk, nn.Sequential(layers), "relu1"
 
 
 def small_cnn(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
     """Ours: two convolutions, 64 units and a LayerNorm, its layer, as the large networks have."""
-    layers = {"conv1": nn.Conv2d(1, 16, 5, stride=2), "relu1": nn.ReLU()}
-    layers |= {"conv2": nn.Conv2d(16, 32, 5, stride=2), "relu2": nn.ReLU(), "flat": nn.Flatten()}
-    layers |= {"fc": nn.Linear(512, 64), "norm": nn.LayerNorm(64), "head": nn.Linear(64, n_classes)}
-    return v2.ToDtype(torch.float32, scale=True), nn.Sequential(OrderedDict(layers)), "norm"
+    layers = OrderedDict(
+        conv1=nn.Conv2d(1, 16, 5, stride=2),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(16, 32, 5, stride=2),
+        relu2=nn.ReLU(),
+        flat=nn.Flatten(),
+        fc=nn.Linear(512, 64),
+        norm=nn.LayerNorm(64),
+        head=nn.Linear(64, n_classes),
+    )
+    return v2.ToDtype(torch.float32, scale=True), nn.Sequential(layers), "norm"
 
 
 PIXELS = [  # uint8 images to what ImageNet's networks want
