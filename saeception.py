@@ -243,9 +243,7 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tenso
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
 
-def class_top_k(
-    z: Tensor, y: Tensor, n_classes: int, top_k: int, transform: Callable = Tensor.float
-) -> Tensor:
+def class_top_k(z: Tensor, y: Tensor, n_classes: int, top_k: int, transform=Tensor.float) -> Tensor:
     """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean
     of transform(z [N, ...]); ours: one that is never used is not kept."""
     z_mean = class_mean(z, y, n_classes, transform)  # (n_classes, d_sae)
@@ -563,27 +561,21 @@ def mnist_mlp(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
     """The paper's MLP 784-16-16-10; its layer is the first hidden one, after the ReLU."""
     trunk = nn.Sequential(v2.ToDtype(torch.float32, scale=True), nn.Flatten())  # pixels from 0 to 1
     layers = OrderedDict(
-        fc1=nn.Linear(784, 16),
-        relu1=nn.ReLU(),
-        fc2=nn.Linear(16, 16),
-        relu2=nn.ReLU(),
+        fc1=nn.Linear(784, 16), relu1=nn.ReLU(),
+        fc2=nn.Linear(16, 16), relu2=nn.ReLU(),
         head=nn.Linear(16, n_classes),
-    )
+    )  # fmt: skip
     return trunk, nn.Sequential(layers), "relu1"
 
 
 def small_cnn(n_classes: int = 10) -> tuple[nn.Module, nn.Module, str]:
     """Ours: two convolutions, 64 units and a LayerNorm, its layer, as the large networks have."""
     layers = OrderedDict(
-        conv1=nn.Conv2d(1, 16, 5, stride=2),
-        relu1=nn.ReLU(),
-        conv2=nn.Conv2d(16, 32, 5, stride=2),
-        relu2=nn.ReLU(),
-        flat=nn.Flatten(),
-        fc=nn.Linear(512, 64),
-        norm=nn.LayerNorm(64),
+        conv1=nn.Conv2d(1, 16, 5, stride=2), relu1=nn.ReLU(),
+        conv2=nn.Conv2d(16, 32, 5, stride=2), relu2=nn.ReLU(),
+        flat=nn.Flatten(), fc=nn.Linear(512, 64), norm=nn.LayerNorm(64),
         head=nn.Linear(64, n_classes),
-    )
+    )  # fmt: skip
     return v2.ToDtype(torch.float32, scale=True), nn.Sequential(layers), "norm"
 
 
@@ -692,9 +684,8 @@ def imagenet_convnext(
 
 
 def load_weights(net: nn.Module, weights: str, url: str | None, translate: Callable = dict) -> None:
-    """Fill `net` from the file `weights` or, for "auto", from `url`, if any; torch.hub keeps it.
-    `translate` makes a state dict of `net` from the file's, which may have more. OSError if that
-    fails."""
+    """Fill `net` from the file `weights` or, for "auto", from `url`, if any, which torch.hub keeps.
+    `translate` makes net's state dict of the file's, which may have more. OSError if that fails."""
     if weights == "none" or (weights == "auto" and url is None):
         return
     advice = f"put its file to {torch.hub.get_dir()}/checkpoints, or use --weights PATH or none"
