@@ -180,9 +180,7 @@ def train_sae(
     if not fvu < 1e6:
         raise FloatingPointError("the SAE is not finite (lower the lr), or h is the same for all")
     if fvu > 1:
-        print(
-            f"the SAE is no good (FVU {fvu:.2f}): try more steps, less l1, more k", file=sys.stderr
-        )
+        print(f"a bad SAE (FVU {fvu:.2f}): try more steps, less l1, a larger k", file=sys.stderr)
     return sae
 
 
