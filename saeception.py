@@ -661,11 +661,12 @@ CONVNEXTV2 = {  # blocks and channels of the four stages
 
 def imagenet_convnext(
     arch: str = "convnextv2_large",  # a name of CONVNEXTV2
-    n_classes: int = 1000,  # 1000: ImageNet's, with the checkpoint's own head; others: a new head
+    n_classes: int | None = None,  # of a new head. None or 1000: the checkpoint's, ImageNet's
     weights: str = "auto",  # the official ones (licence CC-BY-NC), "none", or a path to them
 ) -> tuple[nn.Module, nn.Module, str]:
     """ConvNeXt V2 (Woo et al. 2023): the trunk ends with the pooling, the model is LayerNorm, its
     layer, and linear."""
+    n_classes = n_classes or 1000
     depths, dims = CONVNEXTV2[arch]
     settings = list(map(CNBlockConfig, dims, [*dims[1:], None], depths))
     body = ConvNeXt(settings, block=lambda dim, *others: ConvNeXtV2Block(dim)).features
