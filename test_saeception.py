@@ -207,6 +207,8 @@ def test_activations_in_chunks_of_named_layers_and_what_cannot_be_watched():
     model[1].alias = model[0]  # each name of a shared module is good
     for name, end in (("1", 2), ("1.alias", 1)):
         assert_close(S.activations(model, name, X, chunk=37), (model[:end](X), model(X)))
+    dropping = nn.Sequential(model, nn.Dropout()).train()
+    assert_close(S.activations(dropping, "1", X)[0], model(X))  # in eval mode
     unused[1].more = nn.ReLU()
     pair.register_forward_hook(lambda module, inputs, logits: (logits, 1))  # returns no tensor
     compiled = torch.compile(small_net().eval(), backend="eager")
@@ -409,6 +411,8 @@ def test_saeception_keeps_arms_apart_and_the_model_as_it_was():
     assert [row["arm"] for row in both] == ["baseline", *2 * ["sae-ception", "control"]]
     assert all(row in untimed(both) for row in untimed(alone))  # the other arm is not felt
     assert same_parameters(model, before)
+    (other,) = final(model, DATA, DATA, baseline_epochs=1, cycles=0, seed=1)["rows"]
+    assert other["fvu"] != both[0]["fvu"]
     # Dropout draws the same numbers in each arm.
     dropping = nn.Sequential(model[:2], nn.Dropout(0.5), model[2])
     _, *arms = final(dropping, DATA, DATA, "0", cycles=1, arms={"a": None, "b": None})["rows"]
@@ -774,6 +778,25 @@ def test_a_full_disk_leaves_old_files_whole_and_no_new_ones(tmp_path):
 
 
 # === 10, 11. Results and command line ===
+
+
+def test_pictures_show_each_class_in_its_colour_and_the_strongest_images_first(tmp_path):
+    y, colours = (torch.arange(40) < 10).long(), [(226, 18, 18), (12, 150, 150)]
+    z = torch.eye(2)[y] * torch.linspace(1, 2, 40)[:, None]  # feature c is that of class c
+    images = (6 * torch.arange(40)).byte()[:, None, None, None].expand(-1, 1, 9, 9)
+    S.draw_clusters(tmp_path / "c.png", {"title": z}, y, ["a", "b"])
+    dots = np.asarray(Image.open(tmp_path / "c.png"))[50:510].astype(int)
+    places = [np.argwhere(abs(dots - colour).sum(2) < 9) for colour in colours]
+    assert len(places[0]) > len(places[1]) > 20
+    apart = abs(places[0].mean(0) - places[1].mean(0)).max()
+    assert apart > 1.5 * max(place.std(0).max() for place in places)
+    S.draw_features(tmp_path / "f.png", z, y, ["a", "b"], images, 9)
+    picture = Image.open(tmp_path / "f.png")
+    for c, strongest in enumerate((range(39, 31, -1), range(9, 1, -1))):
+        for i, n in enumerate(strongest):
+            left, top = 10 + 52 * i, 26 + 80 * c
+            assert abs(np.array(picture.getpixel((left, top))) - colours[c]).max() < 3
+            assert picture.getpixel((left + 25, top + 25)) == (6 * n,) * 3
 
 
 def test_run_end_to_end(tmp_path, run):
