@@ -675,6 +675,7 @@ def imagenet_convnext(
     official = nn.ModuleDict({"downsample_layers": downsample, "stages": stages, "norm": norm})
     if n_classes == 1000:
         official["head"] = head
+    # The three smallest, which have six blocks there, were trained on ImageNet-1k alone.
     name = f"im1k/{arch}_1k_224_ema" if depths[2] == 6 else f"im22k/{arch}_22k_384_ema"
     load_weights(official, weights, f"https://dl.fbaipublicfiles.com/convnext/convnextv2/{name}.pt")
     trunk = nn.Sequential(*PIXELS, body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
