@@ -218,8 +218,7 @@ def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tu
     with capture(model.get_submodule(layer)) as seen:
         for part in x.split(chunk):
             output = model(part.to(device))
-            seen_both = seen.h is not None and isinstance(output, Tensor)
-            if not (seen_both and len(seen.h) == len(output) == len(part)):
+            if seen.h is None or not len(seen.h) == len(output) == len(part):
                 raise ValueError(f"the model has to call {layer!r} (compiled, it does not) and to "
                                  "return a tensor, both with a row per example")  # fmt: skip
             h.append(seen.h.to(x.device))
