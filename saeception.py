@@ -42,7 +42,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.transforms import v2
@@ -134,19 +133,17 @@ def train_sae(
         lr_enc = min(0.8, 20 / math.sqrt(d_in)) * lr
         lr_dec = 1.8 * lr
         slope = 2.5
-    encoder = {"params": [sae.W_enc, sae.b_enc], "lr": lr_enc}
-    decoder = {"params": [sae.W_dec, sae.b_dec], "lr": lr_dec}
-    optimizer = torch.optim.Adam([encoder, decoder], fused=True)
+    groups = [{"params": [sae.W_enc, sae.b_enc]}, {"params": [sae.W_dec, sae.b_dec]}]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    encoder, decoder = optimizer.param_groups
 
     steps_per_epoch = max(1, len(h) // batch_size)
     epochs = max(epochs, math.ceil(min_steps / steps_per_epoch))
     steps = batches(len(h), batch_size, epochs, seed)
-
-    def fall(step):  # ours: learning rates go to zero in the last fifth, of TopK two fifths
-        return min(1, slope * (1 - step / len(steps)))
-
-    schedule = LambdaLR(optimizer, fall)
     for step, index in enumerate(progress(steps)):
+        # Ours: the last fifth (TopK: two fifths) takes the learning rates to zero, for less noise.
+        fall = min(1, slope * (1 - step / len(steps)))
+        encoder["lr"], decoder["lr"] = lr_enc * fall, lr_dec * fall
         if k is not None:  # ours: 2 k at the start, k after a fifth, which leaves fewer dead
             sae.k = min(d_sae, int(k * 2 ** max(0, 1 - 5 * step / len(steps))))
         batch = h[index].to(sample) * scale  # (B, d_in)
@@ -168,8 +165,7 @@ def train_sae(
             # Ours, in place of Bricken et al.'s resampling: a feature that the batch does not use
             # gets no gradient; its bias rises until it is used.
             unused = z.sum(0) == 0  # (d_sae,)
-            sae.b_enc += 0.1 * lr * fall(step) * math.sqrt(d_in) * unused
-            schedule.step()
+            sae.b_enc += 0.1 * lr * fall * math.sqrt(d_in) * unused
 
     sae.k = k
     sae.requires_grad_(False)
@@ -218,7 +214,8 @@ def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tu
     with capture(model.get_submodule(layer)) as seen:
         for part in x.split(chunk):
             output = model(part.to(device))
-            if seen.h is None or not len(seen.h) == len(output) == len(part):
+            seen_both = seen.h is not None and isinstance(output, Tensor)
+            if not (seen_both and len(seen.h) == len(output) == len(part)):
                 raise ValueError(f"the model has to call {layer!r} (compiled, it does not) and to "
                                  "return a tensor, both with a row per example")  # fmt: skip
             h.append(seen.h.to(x.device))
@@ -240,10 +237,10 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tenso
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
 
-def class_top_k(z: Tensor, y: Tensor, n_classes: int, top_k: int, transform=Tensor.float) -> Tensor:
-    """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean
-    of transform(z [N, ...]); ours: one that is never used is not kept."""
-    z_mean = class_mean(z, y, n_classes, transform)  # (n_classes, d_sae)
+def class_top_k(v: Tensor, y: Tensor, n_classes: int, top_k: int, transform=Tensor.float) -> Tensor:
+    """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean.
+    v: z [N, d_sae], or h with transform=sae.encode. Ours: one that is never used is not kept."""
+    z_mean = class_mean(v, y, n_classes, transform)  # (n_classes, d_sae)
     top = z_mean.topk(top_k, dim=1)
     return torch.zeros_like(z_mean, dtype=torch.bool).scatter(1, top.indices, top.values > 0)
 
@@ -530,7 +527,7 @@ def saeception(
         try:
             show = partial(progress, desc=f"{what}: train")
             fit(net, layer, x, y, targets, weight, progress=show, **options)
-            targets = None
+            targets = None  # room for the new h
             h, _ = activations(net, layer, x)
             show = partial(progress, desc=f"{what}: SAE")
             sae = train_sae(h, d_sae, sae_k, seed=options["seed"], progress=show, **sae_options)
@@ -1139,10 +1136,10 @@ def run(args: argparse.Namespace, states: dict) -> None:
     if local > 0:
         dist.barrier()  # until the first process of this machine has downloaded everything
     splits, names = load_data(args.dataset, args.data_dir, args.limit)
-    classes = zlib.crc32(torch.cat([y for _, y in splits.values()]).numpy())
-    args.classes = getattr(args, "classes", classes)  # those of the run that is resumed
-    if args.classes != classes:
-        raise ValueError(f"--resume: the images in {args.data_dir} are not the run's")
+    labels_crc = zlib.crc32(torch.cat([y for _, y in splits.values()]).numpy())
+    args.labels_crc = getattr(args, "labels_crc", labels_crc)  # of the run that is resumed
+    if args.labels_crc != labels_crc:
+        raise ValueError(f"--resume: the images' classes in {args.data_dir} are not the run's")
     trunk, model = build(args, len(names), args.seeds[0])
     if world > 1:
         if local == 0:
