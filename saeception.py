@@ -214,10 +214,9 @@ def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tu
     with capture(model.get_submodule(layer)) as seen:
         for part in x.split(chunk):
             output = model(part.to(device))
-            seen_both = seen.h is not None and isinstance(output, Tensor)
-            if not (seen_both and len(seen.h) == len(output) == len(part)):
-                raise ValueError(f"the model has to call {layer!r} (compiled, it does not) and to "
-                                 "return a tensor, both with a row per example")  # fmt: skip
+            sizes = [len(t) for t in (seen.h, output) if isinstance(t, Tensor)]
+            if sizes != [len(part), len(part)]:  # a compiled model does not call the hook
+                raise ValueError(f"no row per example from {layer!r} (compiled?) or from the model")
             h.append(seen.h.to(x.device))
             logits.append(output.to(x.device))
     h = torch.cat(h)  # frees the parts, which may be large, before the next line
@@ -579,13 +578,6 @@ PIXELS = [  # uint8 images to what ImageNet's networks want
 ]
 
 
-class Zero(nn.Module):
-    """In place of its MLP, this makes the first half of a transformer block, which mixes tokens."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-
 class Residual(nn.Sequential):
     """x + layers(x), as the second half of a transformer block, which does not mix tokens."""
 
@@ -603,8 +595,6 @@ def cifar10_vit(
     last block's attention nothing mixes tokens: there the trunk ends, with the class token."""
     patch = 4 if arch == "vit_tiny" else int(arch[-2:])
     size = image_size // patch * patch
-    if size == 0:
-        raise ValueError(f"--image-size {image_size} is less than a patch of {arch}, {patch}")
     if arch == "vit_tiny":
         vit, url = VisionTransformer(size, patch, 4, 4, 128, 512, num_classes=n_classes), None
     else:
@@ -616,7 +606,8 @@ def cifar10_vit(
     load_weights(vit, weights, url, partial(interpolate_embeddings, size, patch))
     resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)
     mlp = Residual(OrderedDict(ln_2=last.ln_2, mlp=last.mlp))
-    last.ln_2, last.mlp, vit.encoder.ln = nn.Identity(), Zero(), nn.Identity()
+    last.mlp = nn.Threshold(torch.inf, 0.0)  # gives 0 for all, and leaves the block's first half
+    last.ln_2 = vit.encoder.ln = nn.Identity()
     model = nn.Sequential(OrderedDict(mlp=mlp, ln=norm, head=head))
     return nn.Sequential(resize, *PIXELS, vit), model, "ln"
 
@@ -762,8 +753,6 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
         *test, test_names = load_files(dataset, data_dir, train=False)
         if names != test_names:
             raise ValueError(f"{data_dir}: train and val need folders of the same classes")
-    if len(train[1]) < 2:
-        raise ValueError(f"{data_dir}: one image is not enough to train on")
     parts = 6 if dataset in ("digits", "mnist") else 10
     n_val = min(25_000, max(1, len(train[1]) // parts))
     generator = torch.Generator().manual_seed(0)
@@ -798,14 +787,6 @@ def decoded(image: Tensor | str, size: int) -> Tensor:
     return v2.functional.pil_to_tensor(photo)
 
 
-def checksum(images: Tensor | np.ndarray) -> int:
-    """Of pixels, or of photos' folders, names and sizes."""
-    if isinstance(images, Tensor):
-        return zlib.crc32(images.numpy())
-    about = [(*Path(path).parts[-2:], os.path.getsize(path)) for path in images]
-    return zlib.crc32(json.dumps(about).encode())
-
-
 def write_whole(path: Path, write: Callable) -> None:
     """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -821,9 +802,9 @@ def write_whole(path: Path, write: Callable) -> None:
 
 @torch.no_grad()
 def trunk_features(
-    trunk: nn.Module,  # frozen, on `device`
+    trunk: nn.Module,
     images: Tensor | np.ndarray,  # uint8 [N, C, H, W], or paths [N] of photos
-    folder: Path,  # keeps the features: one folder for each trunk, its weights and image size
+    folder: str | Path,  # keeps the features, of trunks with other weights, too
     device: str = "cpu",
     bfloat16: bool = False,  # the trunk's products in bfloat16: on many machines much faster
     batch_size: int = 64,
@@ -832,14 +813,23 @@ def trunk_features(
     share: tuple[int, int] = (0, 1),  # (i, n): the i-th of every n files alone
     progress: Callable = iter,
 ) -> Tensor:
-    """trunk(images) [N, d], read from `folder`, or computed and left there. A file is named after
-    the checksum of its images; what is missing or damaged is made again, so that a pass may be
-    killed at any time. OSError for a full disk or a bad photo."""
-    x = [torch.empty(0)]  # a share may have no file
+    """trunk(images) [N, d] in eval mode, read from `folder`, or computed and left there. A file is
+    named after the checksums of the trunk's weights and of its images, or of the photos' folders,
+    names and sizes; what is missing or damaged is made again, so that a pass may be killed at any
+    time. OSError for a full disk or a bad photo."""
+    trunk, x = trunk.eval().to(device), [torch.empty(0)]  # a share may have no file
+    made_by = zlib.crc32(f"{size} {bfloat16}".encode())
+    for value in trunk.state_dict().values():
+        made_by = zlib.crc32(value.cpu().contiguous().numpy(), made_by)
     with ThreadPoolExecutor(workers) as pool:
         for start in progress(range(0, len(images), 2048)[share[0] :: share[1]]):
             part = images[start : start + 2048]
-            path = folder / f"{checksum(part):08x}-{len(part)}.npz"
+            if isinstance(part, Tensor):
+                content = part.numpy()
+            else:
+                content = [(*Path(photo).parts[-2:], os.path.getsize(photo)) for photo in part]
+                content = repr(content).encode()
+            path = Path(folder, f"{made_by:08x}-{zlib.crc32(content):08x}.npz")
             with contextlib.suppress(Exception):  # missing, or damaged, each kind in its own way
                 with np.load(path) as file:  # tests the checksums that the format has
                     x.append(torch.from_numpy(file["x"]))
@@ -1075,6 +1065,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
         raise ValueError(f"--arch: for {args.dataset} choose {', '.join(ARCHS[args.dataset])}")
     if max(args.top_k, args.sae_k or 0) > args.d_sae:
         raise ValueError(f"--top-k and --sae-k have to be at most --d-sae, {args.d_sae}")
+    if args.image_size < 32:
+        raise ValueError("--image-size has to be at least 32, for ConvNeXts and whole patches")
     if args.dataset == "imagenet" and args.tune == "all":
         raise ValueError("--tune all keeps all images in memory: not for --dataset imagenet")
     return args, states
@@ -1091,8 +1083,6 @@ def build(args: argparse.Namespace, n_classes: int, seed: int) -> tuple[nn.Modul
     elif args.arch.startswith("vit"):
         trunk, model, _ = cifar10_vit(args.arch, args.image_size, n_classes, args.weights)
     else:
-        if args.image_size < 32:
-            raise ValueError("--image-size has to be at least 32 for a ConvNeXt")
         trunk, model, _ = imagenet_convnext(args.arch, n_classes, args.weights)
     if args.tune == "all":
         model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
@@ -1104,12 +1094,7 @@ def build(args: argparse.Namespace, n_classes: int, seed: int) -> tuple[nn.Modul
 
 def cached_splits(args, trunk: nn.Module, splits: dict, share: tuple[int, int] = (0, 1)) -> dict:
     """The splits with the trunk's features for images, from --cache-dir or computed."""
-    trunk, result, weights = trunk.eval().requires_grad_(False), {}, 0
-    for value in trunk.state_dict().values():
-        weights = zlib.crc32(value.cpu().contiguous().numpy(), weights)
-    name = f"{args.arch}-{weights:08x}-{args.image_size}-{args.precision}"
-    folder = Path(args.cache_dir or Path(args.data_dir, "features"), name)
-    trunk.to(args.device)
+    folder, result = Path(args.cache_dir or Path(args.data_dir, "features"), args.arch), {}
     for split, (images, y) in splits.items():
         show = partial(show_progress, desc=f"trunk, {split} split, 2048 images a step")
         x = trunk_features(

@@ -215,7 +215,7 @@ def test_activations_in_chunks_of_named_layers_and_what_cannot_be_watched():
     with torch.no_grad():
         compiled(X[:128])  # a chunk; from now on it does not look for new hooks
     for model, layer in ((unused, "1.more"), (pair, "1"), (compiled, "_orig_mod.1")):
-        with pytest.raises(ValueError, match=f"the model has to call '{layer}'"):
+        with pytest.raises(ValueError, match=f"no row per example from '{layer}' .compiled"):
             S.activations(model, layer, X)
 
 
@@ -705,11 +705,6 @@ def test_photos_are_found_and_decoded(tmp_path):
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
     with pytest.raises(ValueError, match="need folders of the same classes"):
         S.load_data("imagenet", tmp_path)
-    for split in ("train", "val"):
-        (tmp_path / "one" / split / "cat").mkdir(parents=True)
-        (tmp_path / "one" / split / "cat" / "a.png").write_bytes(frame.read_bytes())
-    with pytest.raises(ValueError, match="one image is not enough"):
-        S.load_data("imagenet", tmp_path / "one")
 
 
 # === 9. Trunk pass ===
@@ -900,7 +895,7 @@ def test_vit_on_cifar_end_to_end(cifar, tmp_path, run, monkeypatch):
     weights = tmp_path / "w.pt"
     torch.save(tiny_vit().state_dict(), weights)
     monkeypatch.setattr(S, "write_whole", Mock(wraps=S.write_whole))
-    passes = {"": 3, "--top-k 9 --seeds 1 0": 0, "--image-size 16": 3, f"--weights {weights}": 3}
+    passes = {"": 3, "--top-k 9 --seeds 1 0": 0, "--image-size 48": 3, f"--weights {weights}": 3}
     for more, expected in passes.items():
         S.write_whole.reset_mock()
         run(*flags, *more.split())
@@ -959,7 +954,6 @@ def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypat
     ("--dataset imagenet --tune all", 2, "--tune all keeps all images in memory"),
     ("--dataset cifar10 --arch convnextv2_atto", 2, "for cifar10 choose vit_h_14, vit_l_16"),
     ("--weights no.pt --dataset cifar10 --arch vit_tiny --data-dir {cifar}", 1, "weights no.pt"),
-    ("--dataset cifar10 --data-dir {cifar} --weights none --image-size 13", 2, "a patch of"),
     ("--dataset imagenet --data-dir {photos} --image-size 31", 2, "--image-size .* at least 32"),
     ("--nosuch 1", 2, "--nosuch"),
     ("--cycles few", 2, "--cycles: invalid int value: 'few'"),
