@@ -336,14 +336,9 @@ def test_silhouette_at_any_scale_and_in_spite_of_rough_products():
     found = [S.silhouette_score(x * scale, y) for scale in (1e-25, 1e-20, 1e15, 1e20)]
     with torch.autocast("cpu", torch.bfloat16):
         found.append(S.silhouette_score(x, y))
-    for precision in ("high", "medium"):  # TF32 or bfloat16, where the machine has them
+    for precision in ("high", "medium", "highest"):  # TF32, bfloat16, where the machine has them
         torch.set_float32_matmul_precision(precision)
         found.append(S.silhouette_score(x, y))
-    torch.set_float32_matmul_precision("highest")
-    if hasattr(torch.backends.mkldnn, "matmul"):  # the newer way to say "medium", torch 2.9
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    found.append(S.silhouette_score(x, y))
-    torch.set_float32_matmul_precision("highest")
     assert found == pytest.approx([naive_scores(x, y)[0]] * len(found), rel=1e-5)
 
 
@@ -629,16 +624,6 @@ def test_mnist_files_are_read_shuffled_and_split(tmp_path):
         assert_close(few[split], (pixels[:50], labels[:50]))
     assert names[3] == "3 - three" and sorted(found["test"]) == list(range(600, 800))
     assert len(found["val"]) == 100 and sorted(found["train"] + found["val"]) == list(range(600))
-
-
-def test_damaged_mnist_files_get_one_line(tmp_path, monkeypatch):
-    write_mnist(tmp_path)
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    for size in (500, 0):
-        file.write_bytes(file.read_bytes()[:size])
-        with pytest.raises(OSError, match="download mnist .*--data-dir has to hold its files"):
-            S.load_data("mnist", tmp_path)
 
 
 @pytest.fixture
