@@ -846,46 +846,40 @@ def trunk_features(
 # === 10. Results ==================================================================================
 # results.json, clusters.png, features.png and checkpoint.pt are written whole or not at all
 
-COLUMNS = {  # of the table: heading, width and format
-    "seed": ("seed", 4, ""), "cycle": ("cycle", 6, ""), "arm": ("arm", 12, ""),
-    "accuracy": ("acc.", 8, ".4f"), "silhouette": ("silh.", 7, ".3f"),
-    "davies_bouldin": ("DB", 7, ".3f"), "calinski_harabasz": ("CH", 6, ".0f"),
-    "adjusted_rand": ("ARI", 6, ".2f"), "uncertainty": ("U", 7, ".3f"),
-    "class_selectivity": ("sel.", 6, ".2f"), "l0": ("L0", 6, ".1f"), "dead": ("dead", 6, ".2f"),
-    "fvu": ("FVU", 7, ".3f"), "h_silhouette": ("h silh", 7, ".3f"),
-    "h_davies_bouldin": ("h DB", 7, ".3f"), "h_uncertainty": ("h U", 7, ".3f"),
-    "h_class_selectivity": ("h sel", 6, ".2f"), "seconds": ("s", 5, ".0f"),
-}  # fmt: skip
+HEAD = (
+    "seed cycle         arm    acc.  silh.     DB    CH   ARI      U  sel.    L0  dead    FVU"
+    " h silh   h DB    h U h sel    s"
+)
+ROW = (  # as wide as what HEAD has above it
+    "{seed:>4}{cycle:>6}{arm:>12}{accuracy:>8.4f}{silhouette:>7.3f}{davies_bouldin:>7.3f}"
+    "{calinski_harabasz:>6.0f}{adjusted_rand:>6.2f}{uncertainty:>7.3f}{class_selectivity:>6.2f}"
+    "{l0:>6.1f}{dead:>6.2f}{fvu:>7.3f}{h_silhouette:>7.3f}{h_davies_bouldin:>7.3f}"
+    "{h_uncertainty:>7.3f}{h_class_selectivity:>6.2f}{seconds:>5.0f}"
+)
 
 
 def table(rows: list[dict]) -> str:
     """The rows of a state as text, 120 columns wide."""
-    lines = ["".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS.values())]
-    for row in rows:
-        cells = [f"{row[key]:>{width}{form}}" for key, (_, width, form) in COLUMNS.items()]
-        lines.append("".join(cells))
-    return "\n".join(lines)
+    return "\n".join([HEAD, *(ROW.format(**row) for row in rows)])
 
 
 def summary(rows: list[dict]) -> str:
     """Mean and standard deviation over the seeds of each cycle and arm, and of the difference
     sae-ception minus control, taken seed by seed. Of one seed: the difference alone."""
-    groups, lines = {}, []  # groups: (cycle, arm): {seed: values}
+    values, groups, lines = {}, {}, []
     for row in rows:
-        group = groups.setdefault((row["cycle"], row["arm"]), {})
-        group[row["seed"]] = np.array(list(row.values())[3:])  # behind seed, cycle, arm
-    for cycle, arm in list(groups):
-        if arm == "sae-ception" and (cycle, "control") in groups:
-            ours, control = groups[cycle, arm], groups[cycle, "control"]
-            both = {seed: ours[seed] - control[seed] for seed in ours if seed in control}
-            if both:
-                groups[cycle, "difference"] = both
-    for (cycle, arm), group in groups.items():
-        values = np.array(list(group.values()))
-        if len(values) > 1 or arm == "difference":
-            lines.append(["mean", cycle, arm, *values.mean(0)])
-        if len(values) > 1:
-            lines.append(["std", cycle, arm, *values.std(0, ddof=1)])
+        numbers = np.array(list(row.values())[3:])  # behind seed, cycle, arm
+        values[row["cycle"], row["arm"], row["seed"]] = numbers
+    for (cycle, arm, seed), control in list(values.items()):
+        if arm == "control" and (cycle, "sae-ception", seed) in values:
+            values[cycle, "difference", seed] = values[cycle, "sae-ception", seed] - control
+    for (cycle, arm, _), numbers in values.items():
+        groups.setdefault((cycle, arm), []).append(numbers)
+    for (cycle, arm), group in groups.items():  # an array per seed
+        if len(group) > 1 or arm == "difference":
+            lines.append(["mean", cycle, arm, *np.mean(group, 0)])
+        if len(group) > 1:
+            lines.append(["std", cycle, arm, *np.std(group, 0, ddof=1)])
     return table([dict(zip(rows[0], line, strict=True)) for line in lines]) if lines else ""
 
 
@@ -1165,7 +1159,7 @@ def run(args: argparse.Namespace, states: dict) -> None:
         ):  # fmt: skip
             states[seed] = state
             rows.append(state["rows"][-1])
-            print(table(rows[-1:]).splitlines()[1], flush=True)
+            print(ROW.format(**rows[-1]), flush=True)
             save_run(folder, vars(args), states)
     print(summary(rows))
     codes, panels, state = {}, {}, states[args.seeds[0]]
