@@ -80,9 +80,10 @@ class SparseAutoencoder(nn.Module):
         return self.decode(z), z
 
 
-def batches(n: int, batch_size: int, epochs: int, seed: int) -> list[Tensor]:
+def batches(n: int, batch_size: int, epochs: int, seed: int, min_steps: int = 0) -> list[Tensor]:
     """Shuffled index batches of 0..n-1, epoch after epoch, each without its short last batch."""
     size = min(n, batch_size)
+    epochs = max(epochs, math.ceil(min_steps / (n // size)))
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
     return [batch for order in orders for batch in order[: n // size * size].split(size)]
@@ -137,9 +138,7 @@ def train_sae(
     optimizer = torch.optim.Adam(groups, fused=True)
     encoder, decoder = optimizer.param_groups
 
-    steps_per_epoch = max(1, len(h) // batch_size)
-    epochs = max(epochs, math.ceil(min_steps / steps_per_epoch))
-    steps = batches(len(h), batch_size, epochs, seed)
+    steps = batches(len(h), batch_size, epochs, seed, min_steps)
     for step, index in enumerate(progress(steps)):
         # Ours: the last fifth (TopK: two fifths) takes the learning rates to zero, for less noise.
         fall = min(1, slope * (1 - step / len(steps)))
@@ -391,12 +390,10 @@ def calinski_harabasz_score(x: Tensor, labels: Tensor) -> float:
 
 def adjusted_rand_score(a: Tensor, b: Tensor) -> float:
     """Adjusted Rand index of two labelings [N] (Hubert and Arabie 1985): 1 same, 0 by chance."""
-
-    def same(labels):  # number of pairs of points with the same label
-        n = labels.cpu().unique(dim=0, return_counts=True)[1]
-        return (n * (n - 1)).sum().item() // 2
-
-    same_a, same_b, same_both = same(a), same(b), same(torch.stack([a, b], 1))
+    labelings = a, b, torch.stack([a, b], 1)
+    sizes = [labels.cpu().unique(dim=0, return_counts=True)[1] for labels in labelings]
+    # Numbers of pairs of points with the same label: in a, in b, in both.
+    same_a, same_b, same_both = [(n @ (n - 1)).item() // 2 for n in sizes]
     if same_a == same_b == same_both:
         return 1.0
     chance = same_a * same_b / math.comb(len(a), 2)
@@ -406,15 +403,11 @@ def adjusted_rand_score(a: Tensor, b: Tensor) -> float:
 def uncertainty_coefficient(z: Tensor, labels: Tensor) -> float:
     """Theil's U = 1 - H(fires | class) / H(fires), 0 to 1: the share of a feature's firing, z > 0,
     that the class explains. Mean over the features that fire on some but not all examples."""
-
-    def entropy(p):  # of a coin, in nats; the ratio has no unit
-        return torch.special.entr(p) + torch.special.entr(1 - p)
-
-    _, _, size, p_fires = _clusters(z > 0, labels)  # (C, d_sae)
+    fires, _, size, p_fires = _clusters(z > 0, labels)  # (N, d_sae) and, by class, (C, d_sae)
     p_class = size.double() / len(z)  # (C,)
-    entropy_fires = entropy(p_class @ p_fires)  # (d_sae,)
-    u = 1 - p_class @ entropy(p_fires) / entropy_fires
-    return u[entropy_fires > 1e-9].mean().nan_to_num(0).item()
+    entropy = torch.distributions.Bernoulli(fires.mean(0)).entropy()  # (d_sae,)
+    u = 1 - p_class @ torch.distributions.Bernoulli(p_fires).entropy() / entropy
+    return u[entropy > 1e-9].mean().nan_to_num(0).item()
 
 
 def class_selectivity_index(z: Tensor, labels: Tensor) -> float:
@@ -441,9 +434,7 @@ ARMS = {
 
 
 @torch.no_grad()
-def measure(
-    model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: Tensor
-) -> dict[str, float]:
+def measure(model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: Tensor) -> dict:
     """Accuracy of the model, quality of the SAE, and how well the classes are separated: in the
     SAE's features z and, with h_ in front, in h itself. A score that is not defined is nan."""
     h, logits = activations(model, layer, x)
@@ -896,7 +887,7 @@ def draw_clusters(path: Path, codes: dict[str, Tensor], y: Tensor, names: list[s
     for panel, (title, z) in enumerate(codes.items()):
         z = z[:5000]
         torch.manual_seed(0)  # pca_lowrank draws at random; the picture should not
-        _, _, axes = torch.pca_lowrank(z, q=min(6, *z.shape), niter=4)
+        _, _, axes = torch.pca_lowrank(z, q=min(32, *z.shape), niter=8)
         points = (z - z.mean(0)) @ axes[:, :2]
         low, high = points.quantile(torch.tensor([0.002, 0.998]), dim=0)  # no single far point
         points = ((points - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
