@@ -104,11 +104,10 @@ def train_sae(
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> SparseAutoencoder:
     """Train a fresh SAE; it comes back frozen. Inside, h has a mean squared norm of d_in, so that
-    one `l1` suits layers of any scale. Unit rows of W_dec and their gradient are as in Bricken et
-    al., the root of the learning rate as in Gao et al.; the rest of the recipe is ours, see the
-    comments. FloatingPointError for an SAE that is not finite or an h that does not vary."""
+    one `l1` suits layers of any scale. The recipe is ours where no comment names another source.
+    FloatingPointError for an SAE that is not finite or an h that does not vary."""
     h, d_in = h.detach(), h.shape[1]
-    lr = lr or 0.006 * math.sqrt(256 / d_sae)
+    lr = lr or 0.006 * math.sqrt(256 / d_sae)  # the root is as in Gao et al.
     index = batches(len(h), 4096, 1, seed)[0]  # at random
     sample = h[index].to(device=device, dtype=torch.float32)
     scale = 1 / sample.square().mean().sqrt()
