@@ -673,9 +673,8 @@ def load_weights(net: nn.Module, weights: str, url: str | None, translate: Calla
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         state = translate(state.get("model", state))
-        missing = net.load_state_dict(state, strict=False).missing_keys
-        if missing:
-            raise ValueError(f"it lacks {missing[0]}")
+        known = state.keys() & net.state_dict().keys()
+        net.load_state_dict({key: state[key] for key in known})
 
 
 @contextlib.contextmanager
@@ -697,8 +696,7 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator, glyphs = torch.Generator().manual_seed(seed), torch.zeros(10, 1, 56, 56)
     for digit in range(10):
         canvas = Image.new("L", (56, 56))
-        draw = ImageDraw.Draw(canvas)
-        draw.text((28, 28), str(digit), fill=255, font_size=52, anchor="mm")
+        ImageDraw.Draw(canvas).text((28, 28), str(digit), fill=255, font_size=52, anchor="mm")
         glyphs[digit] = v2.functional.pil_to_tensor(canvas) / 255
     y = torch.randint(10, (n,), generator=generator)
     low = torch.tensor([-0.35, -0.2, 0.7, -0.15, -0.15])[:, None]
@@ -1025,13 +1023,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     # ImageNet's folders are n01440764 to n15075141; sorted, they are in a checkpoint's order.
     if first.dataset == "imagenet" and len([*Path(first.data_dir, "train").glob("n*")]) != 1000:
         setting = "convnext_own"
-    parser, saved, states = make_parser(setting), {"arch": arch}, {}
+    saved, states = {"arch": arch}, {}
     if first.resume:
         with explained(f"no run in {first.resume}", "name the folder of a run", ValueError):
             checkpoint = torch.load(Path(first.resume, "checkpoint.pt"), "cpu", weights_only=True)
             saved, states = checkpoint["config"], checkpoint["states"]
-    parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
+    args = make_parser(setting).parse_args(argv, argparse.Namespace(**saved))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     with explained(f"no --device {args.device} here", "use --device cpu", ValueError):
@@ -1079,31 +1076,27 @@ def build(args: argparse.Namespace, n_classes: int, seed: int) -> tuple[nn.Modul
 def cached_splits(args, trunk: nn.Module, splits: dict, share: tuple[int, int] = (0, 1)) -> dict:
     """The splits with the trunk's features for images, from --cache-dir or computed."""
     folder, result = Path(args.cache_dir or Path(args.data_dir, "features"), args.arch), {}
+    options = {key: vars(args)[key] for key in ("device", "batch_size", "workers")}
+    options |= {"bfloat16": args.precision == "bfloat16", "size": args.image_size, "share": share}
     for split, (images, y) in splits.items():
         show = partial(show_progress, desc=f"trunk, {split} split, 2048 images a step")
-        x = trunk_features(
-            trunk, images, folder, args.device, bfloat16=args.precision == "bfloat16",
-            batch_size=args.batch_size, size=args.image_size, workers=args.workers, share=share,
-            progress=show,
-        )  # fmt: skip
-        result[split] = x, y
+        result[split] = trunk_features(trunk, images, folder, progress=show, **options), y
     return result
 
 
 def run(args: argparse.Namespace, states: dict) -> None:
     """Every seed, from where `states` stand: prints the table, fills the folder. Processes of
     torchrun share the trunk pass; what is behind it is small, and the first does it alone."""
-    torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # without it all are 0
-    rank, local, world = (int(os.environ.get(name, 0)) for name in torchrun)
+    rank, world = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))  # of torchrun
     if args.arch in ("mlp", "cnn") and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the threads of small networks mostly wait for each other
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     if world > 1:  # one may wait for another for as long as a trunk pass takes
         dist.init_process_group("gloo", timeout=timedelta(days=1))
-    if local > 0:
-        dist.barrier()  # until the first process of this machine has downloaded everything
+    if rank > 0:
+        dist.barrier()  # until the first process has downloaded everything
     splits, names = load_data(args.dataset, args.data_dir, args.limit)
     labels_crc = zlib.crc32(torch.cat([y for _, y in splits.values()]).numpy())
     args.labels_crc = getattr(args, "labels_crc", labels_crc)  # of the run that is resumed
@@ -1111,7 +1104,7 @@ def run(args: argparse.Namespace, states: dict) -> None:
         raise ValueError(f"--resume: the images' classes in {args.data_dir} are not the run's")
     trunk, model = build(args, len(names), args.seeds[0])
     if world > 1:
-        if local == 0:
+        if rank == 0:
             dist.barrier()
         if args.tune == "last":
             cached_splits(args, trunk, splits, share=(rank, world))
