@@ -440,10 +440,10 @@ def measure(model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: 
     z = sae.encode(h)
     h, logits, y = h.to(z), logits.to(z), y.to(z.device)
     row = {
-        "accuracy": (logits.argmax(1) == y).double().mean().item(),
+        "accuracy": (logits.argmax(1) == y).sum().item() / len(y),
         "adjusted_rand": adjusted_rand_score(z.argmax(1), y),  # of each example's largest feature
         "l0": ((z > 0).sum() / len(z)).item(),  # features that fire, per example
-        "dead": (z == 0).all(0).double().mean().item(),  # share of features that fire for none
+        "dead": (z == 0).all(0).sum().item() / z.shape[1],  # share of features that fire for none
         "fvu": ((h - sae.decode(z)).square().sum() / (h - h.mean(0)).square().sum()).item(),
     }
     # A unit of h, which may have no natural zero, "fires" above its 75th percentile.
@@ -502,7 +502,7 @@ def saeception(
     for cycle, arm in [stage for stage in plan if stage not in done]:
         start, what = time.perf_counter(), f"seed {seed} cycle {cycle} {arm}"
         options = {"seed": 1000 * seed + cycle} | (fit_options or {})  # the same for every arm
-        targets = None
+        targets = h = None  # free the last stage's: each may be as large as x
         if cycle == 0:
             net = copy.deepcopy(model)
             options["epochs"] = baseline_epochs
@@ -512,7 +512,7 @@ def saeception(
             if arms[arm] is not None:
                 h, logits = activations(net, layer, x)
                 targets = arms[arm](sae, h, y.to(h.device), logits.shape[1], top_k)
-                del h, logits  # each may be as large as x: room for what follows
+                del h, logits  # room for what follows
         try:
             show = partial(progress, desc=f"{what}: train")
             fit(net, layer, x, y, targets, weight, progress=show, **options)
