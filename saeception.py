@@ -951,14 +951,6 @@ ARCHS = {  # of each data set, its default first
 }
 
 
-def positive(text: str) -> int:
-    """An argparse type."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
 def make_parser(setting: str) -> argparse.ArgumentParser:
     """All options, with the defaults for `setting`: a network of ARCHS, or convnext_own for other
     classes than ImageNet's."""
@@ -982,25 +974,24 @@ def make_parser(setting: str) -> argparse.ArgumentParser:
     option("out-dir", str, "runs", "where each run makes its folder")
     option("cache-dir", str, None, "keeps the trunk's features; None: DATA_DIR/features")
     option("arch", str, None, f"network; None: the first of the data set's, {ARCHS}")
-    option("image-size", positive, 384, "side of the images of ViT and ConvNeXt", vit_tiny=32)
+    option("image-size", int, 384, "side of the images of ViT and ConvNeXt", vit_tiny=32)
     option("weights", str, "auto", "auto (official), none, or a path", vit_tiny="none")
     option("tune", str, "last", "train what is behind the trunk, or all", ["last", "all"],
            cnn="all", mlp="all", vit_tiny="all")
     option("layer", str, "norm", "name of the layer whose output is h", mlp="relu1", vit="ln")
-    option("top-k", positive, 25, "features that each class keeps")
+    option("top-k", int, 25, "features that each class keeps")
     option("aux-weight", float, 1.0, "of the auxiliary loss; it falls to 0", vit=0.3, convnext=0.3)
     option("aux-loss", str, "mse", "distance between h and its target", ["mse", "cosine"])
     option("sae", str, "l1", "what makes the SAE sparse", ["l1", "topk"])
-    option("d-sae", positive, 512, "features of the SAE",
-           mlp=256, vit=5120, vit_tiny=512, convnext=6144)
+    option("d-sae", int, 512, "features of the SAE", mlp=256, vit=5120, vit_tiny=512, convnext=6144)
     option("l1", float, 1.0, "weight of the L1 norm of z, for --sae l1", mlp=0.1, vit_tiny=0.3)
-    option("sae-k", positive, 32, "active features, with --sae topk", mlp=8, cnn=16, vit_tiny=16)
+    option("sae-k", int, 32, "active features, with --sae topk", mlp=8, cnn=16, vit_tiny=16)
     option("baseline-epochs", int, 8, "before the first cycle; 0: it is trained already",
            vit=3, vit_tiny=20, convnext=0, convnext_own=20)
-    option("epochs", positive, 3, "in each cycle", cnn=2, mlp=8, convnext=1, convnext_own=20)
-    option("sae-epochs", positive, 10, "of each SAE", vit=5, vit_tiny=20, convnext=1)
+    option("epochs", int, 3, "in each cycle", cnn=2, mlp=8, convnext=1, convnext_own=20)
+    option("sae-epochs", int, 10, "of each SAE", vit=5, vit_tiny=20, convnext=1)
     option("sae-min-steps", int, 1000, "of each SAE: more epochs where images are few")
-    option("batch-size", positive, 64, "of the classifier and of the trunk", mlp=128)
+    option("batch-size", int, 64, "of the classifier and of the trunk", mlp=128)
     option("lr", float, 1e-3, "learning rate of the classifier",
            cnn=5e-4, mlp=2e-3, vit=1e-4, vit_tiny=1e-3, convnext=1e-4, convnext_own=1e-3)
     option("augment", str, "none", "with --tune all", ["none", "flip-crop"], vit="flip-crop")
@@ -1008,9 +999,9 @@ def make_parser(setting: str) -> argparse.ArgumentParser:
            "last on cuda, else float32", ["auto", "float32", "bfloat16"])
     option("seeds", int, [0], "one run each", nargs="+")
     option("arms", str, ["sae-ception", "control"], "what to compare", ARMS, "+")
-    option("limit", positive, None, "examples of each split, chosen at random; None: all")
+    option("limit", int, None, "examples of each split, chosen at random; None: all")
     option("device", str, "auto", "cuda if there is one", ["auto", "cpu", "cuda", "mps"])
-    option("workers", positive, os.cpu_count(), "threads of each process that decode photos")
+    option("workers", int, os.cpu_count(), "threads of each process that decode photos")
     option("resume", str, None, "folder of a run to go on with; cycles, seeds, arms can be added")
     # fmt: on
     return parser
@@ -1044,6 +1035,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
             raise ValueError(f"--resume: the run has {key} = {value}; leave this option out")
     if args.arch not in ARCHS[args.dataset]:
         raise ValueError(f"--arch: for {args.dataset} choose {', '.join(ARCHS[args.dataset])}")
+    for name in "top-k sae-k epochs sae-epochs batch-size limit".split():
+        number = getattr(args, name.replace("-", "_"))
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} has to be at least 1")
     if max(args.top_k, args.sae_k or 0) > args.d_sae:
         raise ValueError(f"--top-k and --sae-k have to be at most --d-sae, {args.d_sae}")
     if args.image_size < 32:

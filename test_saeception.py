@@ -944,6 +944,7 @@ def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypat
     ("--cycles few", 2, "--cycles: invalid int value: 'few'"),
     ("--arch mlp --layer trunk.1 --limit 99 --baseline-epochs 0 --sae-min-steps 0", 2,
      "nothing that is trained is in or below layer 'trunk.1'"),
+    ("--limit -1", 2, "--limit has to be at least 1"),
     ("--sae topk --sae-k 600", 2, "--sae-k have to be at most --d-sae, 512"),
     ("--arch mlp --layer nosuch", 2, "the layers are trunk, trunk.0, trunk.1, fc1, relu1, fc2,"),
     ("--arch mlp --layer=", 2, "the layers are trunk"),
