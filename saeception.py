@@ -108,7 +108,7 @@ def train_sae(
     FloatingPointError for an SAE that is not finite or an h that does not vary."""
     h, d_in = h.detach(), h.shape[1]
     lr = lr or 0.006 * math.sqrt(256 / d_sae)  # the root is as in Gao et al.
-    index = batches(len(h), 4096, 1, seed)[0]  # at random
+    index = batches(len(h), 4096, 1, seed)[0]  # at most 4096 examples, at random
     sample = h[index].to(device=device, dtype=torch.float32)
     scale = 1 / sample.square().mean().sqrt()
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
@@ -126,7 +126,7 @@ def train_sae(
     else:
         # Ours: a small, slow encoder and a fast decoder learn more in few steps and overfit less in
         # many. In wide layers, where a random direction matches no example, features that start
-        # turned towards one rarely die.
+        # turned towards one rarely die. Measured for 16 to 1280 units: .github/RESULTS.md.
         toward = F.normalize(examples - sample.mean(0), dim=1)
         sae.W_dec.data = F.normalize(sae.W_dec.data + min(0.6, d_in / 2300) * toward, dim=1)
         sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 6 / math.sqrt(d_in))
@@ -145,7 +145,7 @@ def train_sae(
         if k is not None:  # ours: 2 k at the start, k after a fifth, which leaves fewer dead
             sae.k = min(d_sae, int(k * 2 ** max(0, 1 - 5 * step / len(steps))))
         batch = h[index].to(sample) * scale  # (B, d_in)
-        # No cache: in an autocast of the caller's, weights would stay as they were at first.
+        # No cache: in an autocast of the caller's, it would keep the weights of the first step.
         with torch.autocast(batch.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
             h_hat, z = sae(batch)
         loss = (h_hat - batch).square().sum(1).mean()
@@ -185,8 +185,8 @@ def train_sae(
 @contextlib.contextmanager
 def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
     """Within `with capture(layer) as seen:`, `seen.h` is the layer's last output [B, d_in], through
-    which gradients flow: of tokens [B, T, D] the class token, of maps, taken as [B, C, H, W], their
-    mean. ValueError for other outputs."""
+    which gradients flow: of tokens [B, T, D] the first, a ViT's class token; of maps [B, C, H, W],
+    channels first, their mean. ValueError for other outputs."""
     seen = SimpleNamespace(h=None)
 
     def hook(module, inputs, output):
@@ -229,14 +229,14 @@ def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tenso
     """Mean of transform(v [N, D]) over each class of y [N], [n_classes, D]; zeros if none."""
     total, y = 0, y.long()
     for part, labels in zip(v.split(2048), y.split(2048), strict=True):
-        part = transform(part)  # in parts: what h becomes as z may not fit into memory
+        part = transform(part)  # in parts: z, wider than h, may not fit into memory as a whole
         total = total + F.one_hot(labels, n_classes).to(part).T @ part
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
 
 def class_top_k(v: Tensor, y: Tensor, n_classes: int, top_k: int, transform=Tensor.float) -> Tensor:
     """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean.
-    v: z [N, d_sae], or h with transform=sae.encode. Ours: one that is never used is not kept."""
+    v: z [N, d_sae], or h with transform=sae.encode. Ours: none whose mean is zero."""
     z_mean = class_mean(v, y, n_classes, transform)  # (n_classes, d_sae)
     top = z_mean.topk(top_k, dim=1)
     return torch.zeros_like(z_mean, dtype=torch.bool).scatter(1, top.indices, top.values > 0)
@@ -280,8 +280,8 @@ def fit(
     seed: int = 0,  # of the order of the batches, of dropout and of `augment`
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> None:
-    """Train, or train on, with the combined loss. Raises FloatingPointError if it diverges, and
-    ValueError for what does not fit together."""
+    """Train, or train on, with the combined loss; sets torch's random seed, and eval mode in the
+    end. FloatingPointError if it diverges, ValueError for what does not fit together."""
     if len(y) != len(x):
         raise ValueError(f"{len(x)} inputs, but {len(y)} class numbers")
     if targets is not None:
@@ -347,7 +347,7 @@ def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 512) -> float:
     member = F.one_hot(labels).to(x)  # (N, C)
     sums = torch.zeros_like(member, dtype=torch.float64)  # of distances to each cluster
     for i in range(0, len(x), chunk):
-        part, rest = slice(i, i + chunk), slice(i, None)  # by symmetry, those before are done
+        part, rest = slice(i, i + chunk), slice(i, None)  # by symmetry, once will do
         # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
         square = torch.addmm(norm[part], x[rest], x[part].T, alpha=-2) + norm[rest, None]
         error = square.diagonal().abs().max()  # of rounding, as a point's own distance is 0
@@ -448,7 +448,7 @@ def measure(model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: 
     }
     # A unit of h, which may have no natural zero, "fires" above its 75th percentile.
     active = h > h.kthvalue(3 * (len(h) - 1) // 4 + 1, dim=0).values
-    scores = {  # and what they take of h
+    scores = {  # and what they take for the h_ scores
         "silhouette": (silhouette_score, h),
         "davies_bouldin": (davies_bouldin_score, h),
         "calinski_harabasz": (calinski_harabasz_score, h),
@@ -487,7 +487,7 @@ def saeception(
     fit_options: dict | None = None,  # more arguments of `fit`
     sae_options: dict | None = None,  # more arguments of `train_sae`
     seed: int = 0,
-    state: dict | None = None,  # what an earlier call yielded last, to go on from there
+    state: dict | None = None,  # what the same call with fewer cycles or arms yielded last
     progress: Callable = lambda steps, desc: steps,  # called with desc=..., as tqdm.tqdm
 ) -> Iterator[dict]:
     """Yields a state after the baseline, which is cycle 0, and after each cycle of each arm: `rows`
@@ -498,10 +498,13 @@ def saeception(
     sae_options = {"device": next(model.parameters()).device} | (sae_options or {})
     state = state or {"rows": [], "models": {}, "saes": {}}
     done = {(row["cycle"], row["arm"]) for row in state["rows"]}  # in an earlier call
+    if "baseline" in arms:
+        raise ValueError("an arm cannot be called baseline, as that is where the arms start")
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
+    # A stage: targets by the SAE of the stage before (cycle 0: none), fit, a fresh SAE, measure.
     for cycle, arm in [stage for stage in plan if stage not in done]:
         start, what = time.perf_counter(), f"seed {seed} cycle {cycle} {arm}"
-        options = {"seed": 1000 * seed + cycle} | (fit_options or {})  # the same for every arm
+        options = {"seed": 1000 * seed + cycle} | (fit_options or {})  # arms share the seed
         targets = h = None  # free the last stage's: each may be as large as x
         if cycle == 0:
             net = copy.deepcopy(model)
@@ -806,9 +809,9 @@ def trunk_features(
     names and sizes; what is missing or damaged is made again, so that a pass may be killed at any
     time. OSError for a full disk or a bad photo."""
     trunk, x = trunk.eval().to(device), [torch.empty(0)]  # a share may have no file
-    made_by = zlib.crc32(f"{size} {bfloat16}".encode())
+    trunk_crc = zlib.crc32(f"{size} {bfloat16}".encode())
     for value in trunk.state_dict().values():
-        made_by = zlib.crc32(value.cpu().contiguous().numpy(), made_by)
+        trunk_crc = zlib.crc32(value.cpu().contiguous().numpy(), trunk_crc)
     with ThreadPoolExecutor(workers) as pool:
         for start in progress(range(0, len(images), 2048)[share[0] :: share[1]]):
             part = images[start : start + 2048]
@@ -817,7 +820,7 @@ def trunk_features(
             else:
                 content = [(*Path(photo).parts[-2:], os.path.getsize(photo)) for photo in part]
                 content = repr(content).encode()
-            path = Path(folder, f"{made_by:08x}-{zlib.crc32(content):08x}.npz")
+            path = Path(folder, f"{trunk_crc:08x}-{zlib.crc32(content):08x}.npz")
             with contextlib.suppress(Exception):  # missing, or damaged, each kind in its own way
                 with np.load(path) as file:  # tests the checksums that the format has
                     x.append(torch.from_numpy(file["x"]))
@@ -1029,9 +1032,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
         args.precision = "bfloat16" if fast else "float32"
     if args.sae == "l1":
         args.sae_k = None
-    free = "cycles seeds arms device workers resume data_dir out_dir cache_dir".split()
+    may_change = "cycles seeds arms device workers resume data_dir out_dir cache_dir".split()
     for key, value in saved.items():
-        if key not in free and getattr(args, key) != value:
+        if key not in may_change and getattr(args, key) != value:
             raise ValueError(f"--resume: the run has {key} = {value}; leave this option out")
     if args.arch not in ARCHS[args.dataset]:
         raise ValueError(f"--arch: for {args.dataset} choose {', '.join(ARCHS[args.dataset])}")

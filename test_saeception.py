@@ -466,6 +466,7 @@ def test_states_do_not_change_and_are_saved_to_go_on(tmp_path):
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, lr=1e38)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X * math.nan, Y)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, TARGETS * math.nan)),
+    ("cannot be called baseline", lambda: final(small_net(), DATA, DATA, arms={"baseline": None})),
     ("400 points with 1 different", lambda: S.silhouette_score(X, Y * 0)),
     ("400 points with 400 different", lambda: S.davies_bouldin_score(X, torch.arange(400))),
 ])  # fmt: skip
