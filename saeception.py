@@ -837,11 +837,11 @@ def trunk_features(
 # === 10. Results ==================================================================================
 # results.json, clusters.png, features.png and checkpoint.pt are written whole or not at all
 
-HEAD = (
+HEADING = (
     "seed cycle         arm    acc.  silh.     DB    CH   ARI      U  sel.    L0  dead    FVU"
     " h silh   h DB    h U h sel    s"
 )
-ROW = (  # as wide as what HEAD has above it
+ROW = (  # as wide as what HEADING has above it
     "{seed:>4}{cycle:>6}{arm:>12}{accuracy:>8.4f}{silhouette:>7.3f}{davies_bouldin:>7.3f}"
     "{calinski_harabasz:>6.0f}{adjusted_rand:>6.2f}{uncertainty:>7.3f}{class_selectivity:>6.2f}"
     "{l0:>6.1f}{dead:>6.2f}{fvu:>7.3f}{h_silhouette:>7.3f}{h_davies_bouldin:>7.3f}"
@@ -851,7 +851,7 @@ ROW = (  # as wide as what HEAD has above it
 
 def table(rows: list[dict]) -> str:
     """The rows of a state as text, 120 columns wide."""
-    return "\n".join([HEAD, *(ROW.format(**row) for row in rows)])
+    return "\n".join([HEADING, *(ROW.format(**row) for row in rows)])
 
 
 def summary(rows: list[dict]) -> str:
