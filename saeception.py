@@ -338,7 +338,7 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return x, labels, size, class_mean(x, labels, len(size), Tensor.double)
 
 
-def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 512) -> float:
+def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 384) -> float:
     """Mean of (b - a) / max(a, b) (Rousseeuw 1987), -1 to 1, high is well separated: a, b are a
     point's mean distances to its own cluster and to the nearest other; alone in its own, 0."""
     x, labels, size, centre = _clusters(x, labels)
