@@ -727,7 +727,8 @@ def load_files(dataset: str, root: str | Path, train: bool) -> tuple:
             data = kind[dataset](root, train=train, download=True)
             images = torch.as_tensor(data.data)
             images = images.view(*images.shape[:3], -1)  # [N, H, W, C]; MNIST's are [N, H, W]
-            images = images.permute(0, 3, 1, 2).contiguous()
+            # A copy with the usual strides, by which convolutions choose how they round.
+            images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
     return images, torch.as_tensor(data.targets), data.classes
 
 

@@ -622,6 +622,7 @@ def test_mnist_files_are_read_shuffled_and_split(tmp_path):
         found[split] = [known[image.numpy().tobytes()] for image in pixels]
         assert torch.equal(labels, y[found[split]])  # an image keeps its label
         assert found[split] != sorted(found[split])
+        assert pixels.stride() == (784, 784, 28, 1)  # others would round differently
         assert_close(few[split], (pixels[:50], labels[:50]))
     assert names[3] == "3 - three" and sorted(found["test"]) == list(range(600, 800))
     assert len(found["val"]) == 100 and sorted(found["train"] + found["val"]) == list(range(600))
