@@ -495,11 +495,11 @@ def saeception(
     `state`, cycles and arms that it lacks are added. Raises what `fit` and `train_sae` raise."""
     x, y = train
     arms = arms or {name: ARMS[name] for name in ("sae-ception", "control")}
+    if "baseline" in arms:
+        raise ValueError("an arm cannot be called baseline, as that is where the arms start")
     sae_options = {"device": next(model.parameters()).device} | (sae_options or {})
     state = state or {"rows": [], "models": {}, "saes": {}}
     done = {(row["cycle"], row["arm"]) for row in state["rows"]}  # in an earlier call
-    if "baseline" in arms:
-        raise ValueError("an arm cannot be called baseline, as that is where the arms start")
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
     # A stage: targets by the SAE of the stage before (cycle 0: none), fit, a fresh SAE, measure.
     for cycle, arm in [stage for stage in plan if stage not in done]:
@@ -745,6 +745,8 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
         *test, test_names = load_files(dataset, data_dir, train=False)
         if names != test_names:
             raise ValueError(f"{data_dir}: train and val need folders of the same classes")
+    if len(train[1]) < 2:
+        raise ValueError(f"{data_dir}: one image is not enough to train on")
     parts = 6 if dataset in ("digits", "mnist") else 10
     n_val = min(25_000, max(1, len(train[1]) // parts))
     generator = torch.Generator().manual_seed(0)

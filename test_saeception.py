@@ -339,6 +339,10 @@ def test_silhouette_at_any_scale_and_in_spite_of_rough_products():
     for precision in ("high", "medium", "highest"):  # TF32, bfloat16, where the machine has them
         torch.set_float32_matmul_precision(precision)
         found.append(S.silhouette_score(x, y))
+    if hasattr(torch.backends.mkldnn, "matmul"):  # the newer way to say "medium", torch 2.9
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        found.append(S.silhouette_score(x, y))
+        torch.set_float32_matmul_precision("highest")
     assert found == pytest.approx([naive_scores(x, y)[0]] * len(found), rel=1e-5)
 
 
@@ -626,6 +630,11 @@ def test_mnist_files_are_read_shuffled_and_split(tmp_path):
         assert_close(few[split], (pixels[:50], labels[:50]))
     assert names[3] == "3 - three" and sorted(found["test"]) == list(range(600, 800))
     assert len(found["val"]) == 100 and sorted(found["train"] + found["val"]) == list(range(600))
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    for size in (500, 0):  # damaged
+        file.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(OSError, match="download mnist .*--data-dir has to hold its files"):
+            S.load_data("mnist", tmp_path)
 
 
 @pytest.fixture
@@ -692,6 +701,11 @@ def test_photos_are_found_and_decoded(tmp_path):
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
     with pytest.raises(ValueError, match="need folders of the same classes"):
         S.load_data("imagenet", tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / "one" / split / "cat").mkdir(parents=True)
+        (tmp_path / "one" / split / "cat" / "a.png").write_bytes(frame.read_bytes())
+    with pytest.raises(ValueError, match="one image is not enough"):
+        S.load_data("imagenet", tmp_path / "one")
 
 
 # === 9. Trunk pass ===
