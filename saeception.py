@@ -23,15 +23,18 @@ import json
 import math
 import os
 import platform
+import re
+import secrets
 import sys
+import tempfile
 import time
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +45,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.transforms import v2
@@ -80,13 +85,41 @@ class SparseAutoencoder(nn.Module):
         return self.decode(z), z
 
 
+def check_finite(h: Tensor, name: str = "h") -> None:
+    """ValueError that says how many rows of h [N, D] hold nan or infinity, if any do."""
+    n_bad = (~h.sum(1, dtype=torch.float32).isfinite()).sum().item()  # a sum keeps nan and infinity
+    if n_bad > 0:
+        raise ValueError(f"{n_bad} of {len(h)} rows of {name} are not finite")
+
+
+def sample_rows(x: Tensor, seed: int, size: int = 4096) -> Tensor:
+    """`size` rows of x [N, ...] at random, or all in random order: enough for a mean or a scale."""
+    generator = torch.Generator().manual_seed(seed)
+    return x[torch.randperm(len(x), generator=generator)[:size]]
+
+
 def batches(n: int, batch_size: int, epochs: int, seed: int, min_steps: int = 0) -> list[Tensor]:
-    """Shuffled index batches of 0..n-1, epoch after epoch, each without its short last batch."""
+    """Shuffled index batches of 0..n-1, epoch after epoch, each without its short last batch; more
+    epochs than `epochs` where these have fewer than `min_steps`. ValueError for empty batches."""
     size = min(n, batch_size)
-    epochs = max(epochs, math.ceil(min_steps / (n // size)))
+    if size < 1:
+        raise ValueError(f"{n} examples in batches of {batch_size}")
+    per_epoch = n // size
+    epochs = max(epochs, math.ceil(min_steps / per_epoch))
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
-    return [batch for order in orders for batch in order[: n // size * size].split(size)]
+    return [batch for order in orders for batch in order[: per_epoch * size].split(size)]
+
+
+@contextlib.contextmanager
+def random_numbers(seed: int) -> Iterator[None]:
+    """Within, torch's random numbers are those of `seed`; afterwards the caller's go on."""
+    n_devices = 0
+    if torch.cuda.is_initialized():
+        n_devices = torch.cuda.device_count()
+    with torch.random.fork_rng(devices=range(n_devices)):
+        torch.manual_seed(seed)
+        yield
 
 
 def train_sae(
@@ -100,79 +133,70 @@ def train_sae(
     lr: float | None = None,  # of Adam. None: 0.006 * sqrt(256 / d_sae)
     seed: int = 0,
     device: torch.device | str | None = None,  # where the SAE trains. None: where h is
-    bfloat16: bool = False,  # products in bfloat16: as good and, on many machines, much faster
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> SparseAutoencoder:
-    """Train a fresh SAE; it comes back frozen. Inside, h has a mean squared norm of d_in, so that
-    one `l1` suits layers of any scale. The recipe is ours where no comment names another source.
-    FloatingPointError for an SAE that is not finite or an h that does not vary."""
-    h, d_in = h.detach(), h.shape[1]
-    lr = lr or 0.006 * math.sqrt(256 / d_sae)  # the root is as in Gao et al.
-    index = batches(len(h), 4096, 1, seed)[0]  # at most 4096 examples, at random
-    sample = h[index].to(device=device, dtype=torch.float32)
+    """Train a fresh SAE, in float32; it comes back frozen. Inside, h has a mean squared norm of
+    d_in, so that one `l1` suits layers of any scale. The recipe is ours where no comment names
+    another source. ValueError for an h that is not finite or does not vary and for a k that does
+    not fit, FloatingPointError for an SAE that is not finite."""
+    h = h.detach()
+    d_in = h.shape[1]
+    if k is not None and not 1 <= k <= d_sae:
+        raise ValueError(f"k = {k} active features of d_sae = {d_sae}")
+    check_finite(h)
+    sample = sample_rows(h, seed).to(device=device, dtype=torch.float32)
+    if (sample == sample[0]).all():
+        raise ValueError("h is the same for all examples: is the layer dead, or the wrong one?")
     scale = 1 / sample.square().mean().sqrt()
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        torch.default_generator.manual_seed(seed)
-        sae = SparseAutoencoder(d_in, d_sae, k).to(sample.device)
-        examples = sample[torch.randint(len(sample), (d_sae,))]
-    sae.b_dec.data = sample.mean(0) * scale
-    if k is None:
-        # Ours: sparse from the start, as L1 takes long to make a dense code sparse. Above 1.28
-        # standard deviations a feature fires for one example in ten.
-        with torch.autocast(sample.device.type, enabled=False):  # the caller may be in one
-            sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
-        lr_enc = lr_dec = lr
-        slope = 5
-    else:
-        # Ours: a small, slow encoder and a fast decoder learn more in few steps and overfit less in
-        # many. In wide layers, where a random direction matches no example, features that start
-        # turned towards one rarely die. Measured for 16 to 1280 units: .github/RESULTS.md.
-        toward = F.normalize(examples - sample.mean(0), dim=1)
-        sae.W_dec.data = F.normalize(sae.W_dec.data + min(0.6, d_in / 2300) * toward, dim=1)
-        sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 6 / math.sqrt(d_in))
-        lr_enc = min(0.8, 20 / math.sqrt(d_in)) * lr
-        lr_dec = 1.8 * lr
-        slope = 2.5
-    groups = [{"params": [sae.W_enc, sae.b_enc]}, {"params": [sae.W_dec, sae.b_dec]}]
-    optimizer = torch.optim.Adam(groups, fused=True)
-    encoder, decoder = optimizer.param_groups
-
-    steps = batches(len(h), batch_size, epochs, seed, min_steps)
-    for step, index in enumerate(progress(steps)):
-        # Ours: the last fifth (TopK: two fifths) takes the learning rates to zero, for less noise.
-        fall = min(1, slope * (1 - step / len(steps)))
-        encoder["lr"], decoder["lr"] = lr_enc * fall, lr_dec * fall
-        if k is not None:  # ours: 2 k at the start, k after a fifth, which leaves fewer dead
-            sae.k = min(d_sae, int(k * 2 ** max(0, 1 - 5 * step / len(steps))))
-        batch = h[index].to(sample) * scale  # (B, d_in)
-        # No cache: in an autocast of the caller's, it would keep the weights of the first step.
-        with torch.autocast(batch.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
-            h_hat, z = sae(batch)
-        loss = (h_hat - batch).square().sum(1).mean()
+    if lr is None:
+        lr = 0.006 * math.sqrt(256 / d_sae)  # the root is as in Gao et al., section 3
+    # No autocast of the caller's: it would go on with its copies of the first step's weights.
+    with random_numbers(seed), torch.autocast(sample.device.type, enabled=False):
+        sae = SparseAutoencoder(d_in, d_sae, k).to(sample)
+        sae.b_dec.data = sample.mean(0) * scale
         if k is None:
-            loss = loss + l1 * z.sum(1).mean()  # z >= 0: its sum is its L1 norm
-        optimizer.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            # Rows keep norm 1: a small z with a large W_dec would get around the L1 term. Adam does
-            # not see the gradient along a row, which changes only its norm (Bricken et al.).
-            W_dec, gradient = sae.W_dec, sae.W_dec.grad
-            gradient -= (gradient * W_dec).sum(1, keepdim=True) * W_dec
-            optimizer.step()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
-            # Ours, in place of Bricken et al.'s resampling: a feature that the batch does not use
-            # gets no gradient; its bias rises until it is used.
-            unused = z.sum(0) == 0  # (d_sae,)
-            sae.b_enc += 0.1 * lr * fall * math.sqrt(d_in) * unused
+            # Ours: sparse from the start, as L1 takes long to make a dense code sparse. Above 1.28
+            # standard deviations a feature fires for one example in ten.
+            sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
+        else:
+            examples = sample[torch.randint(len(sample), (d_sae,))]
+            toward = F.normalize(examples - sample.mean(0), dim=1)
+            sae.W_dec.data = F.normalize(sae.W_dec.data + min(0.6, d_in / 2300) * toward, dim=1)
+            sae.W_enc.data = sae.W_dec.data.T.contiguous() * min(0.5, 6 / math.sqrt(d_in))
+        optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
+        steps = batches(len(h), batch_size, epochs, seed, min_steps)
+        for step, index in enumerate(progress(steps)):
+            # The last fifth takes the learning rate to zero, for less noise (Anthropic's circuits
+            # updates, April 2024).
+            fall = min(1, 5 * (1 - step / len(steps)))
+            optimizer.param_groups[0]["lr"] = lr * fall
+            batch = h[index].to(sample) * scale  # (B, d_in)
+            h_hat, z = sae(batch)
+            loss = (h_hat - batch).square().sum(1).mean()
+            if k is None:
+                loss = loss + l1 * z.sum(1).mean()  # z >= 0: its sum is its L1 norm
+            optimizer.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                # Rows keep norm 1: a small z with a large W_dec would get around the L1 term. And
+                # Adam does not see the gradient along a row, which changes only its norm (both as
+                # in Bricken et al.).
+                W_dec, gradient = sae.W_dec, sae.W_dec.grad
+                gradient -= (gradient * W_dec).sum(1, keepdim=True) * W_dec
+                optimizer.step()
+                W_dec /= W_dec.norm(dim=1, keepdim=True)
+                # Ours, in place of Bricken et al.'s resampling: a feature that the batch does not
+                # use gets no gradient; its bias rises until it is used.
+                unused = z.sum(0) == 0  # (d_sae,)
+                sae.b_enc += 0.1 * lr * fall * math.sqrt(d_in) * unused
 
-    sae.k = k
     sae.requires_grad_(False)
     sae.b_enc /= scale  # fold the scale into the biases: z has the scale of h
     sae.b_dec /= scale
-    # Fraction of variance unexplained; where h does not vary, only rounding is below the line.
+    # Fraction of variance unexplained
     fvu = (sample - sae(sample)[0]).square().sum() / (sample - sample.mean(0)).square().sum()
-    if not fvu < 1e6:
-        raise FloatingPointError("the SAE is not finite (lower the lr), or h is the same for all")
+    if not fvu.isfinite():
+        raise FloatingPointError("the SAE is not finite: lower its lr")
     if fvu > 1:
         print(f"a bad SAE (FVU {fvu:.2f}): try more steps, less l1, a larger k", file=sys.stderr)
     return sae
@@ -186,35 +210,62 @@ def train_sae(
 def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
     """Within `with capture(layer) as seen:`, `seen.h` is the layer's last output [B, d_in], through
     which gradients flow: of tokens [B, T, D] the first, a ViT's class token; of maps [B, C, H, W],
-    channels first, their mean. ValueError for other outputs."""
+    channels first, their mean. None before the layer runs. ValueError for other outputs."""
     seen = SimpleNamespace(h=None)
 
     def hook(module, inputs, output):
-        ndim, kind = getattr(output, "ndim", 0), type(module)
-        if ndim == 3:
-            output = output[:, 0]
-        elif ndim == 4 and kind not in (nn.LayerNorm, nn.Linear):  # they have channels last
-            output = output.mean((2, 3))
-        elif ndim != 2:
-            raise ValueError(f"{kind.__name__} gives none of [B, D], [B, T, D], [B, C, H, W]")
-        seen.h = output.clone()  # a later layer that works in place must not change it
+        kind = type(module).__name__
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{kind} gives a {type(output).__name__}: take a layer inside of it")
+        if output.ndim == 4 and type(module) in (nn.LayerNorm, nn.Linear):
+            raise ValueError(
+                f"{kind} gives a map with channels last, {[*output.shape]}: take a layer behind "
+                "the pooling, or one that gives [B, C, H, W]"
+            )
+        if output.ndim == 2:
+            seen.h = output.clone()  # a later layer that works in place must not change it
+        elif output.ndim == 3:
+            seen.h = output[:, 0].clone()
+        elif output.ndim == 4:
+            seen.h = output.mean((2, 3))
+        else:
+            raise ValueError(f"{kind} gives {[*output.shape]}, not [B, D], [B, T, D], [B, C, H, W]")
 
     with layer.register_forward_hook(hook):  # removes the hook in the end
         yield seen
 
 
+def forward(model: nn.Module, layer: str, seen: SimpleNamespace, inputs: Tensor) -> Tensor:
+    """Logits [B, n_classes] of inputs [B, ...], which move to the model's device and, if they are
+    floats, to its float type. `seen`, from `capture`, has the h of this batch and of no earlier
+    one. ValueError where the model or the layer does not give a row for each example."""
+    of_model = next((p for p in model.parameters() if p.is_floating_point()), inputs)
+    dtype = inputs.dtype
+    if inputs.is_floating_point():
+        dtype = of_model.dtype
+    inputs = inputs.to(of_model.device, dtype)
+    seen.h = None
+    logits = model(inputs)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model gives a {type(logits).__name__}: wrap it to give its logits")
+    if logits.ndim != 2 or len(logits) != len(inputs):
+        raise ValueError(f"the model gives {[*logits.shape]}, not [{len(inputs)}, n_classes]")
+    if seen.h is None:
+        raise ValueError(f"layer {layer!r} did not run for a batch (skipped, or compiled?)")
+    if len(seen.h) != len(inputs):
+        raise ValueError(f"layer {layer!r} gives {len(seen.h)} rows for {len(inputs)} examples")
+    return logits
+
+
 @torch.no_grad()
 def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
-    """h [N, d_in] and logits [N, n_classes] of x [N, ...], in chunks, in eval mode, on x's device.
-    ValueError unless layer and model give a row for each example."""
-    h, logits, device = [], [], next(model.parameters()).device
+    """h [N, d_in] and logits [N, n_classes] of x [N, ...], on x's device, `chunk` examples at a
+    time; the model stays in eval mode. ValueError as in `forward`."""
     model.eval()
+    h, logits = [], []
     with capture(model.get_submodule(layer)) as seen:
         for part in x.split(chunk):
-            output = model(part.to(device))
-            sizes = [len(t) for t in (seen.h, output) if isinstance(t, Tensor)]
-            if sizes != [len(part), len(part)]:  # a compiled model does not call the hook
-                raise ValueError(f"no row per example from {layer!r} (compiled?) or from the model")
+            output = forward(model, layer, seen, part.clone())  # the model may work in place
             h.append(seen.h.to(x.device))
             logits.append(output.to(x.device))
     h = torch.cat(h)  # frees the parts, which may be large, before the next line
@@ -225,38 +276,62 @@ def activations(model: nn.Module, layer: str, x: Tensor, chunk: int = 128) -> tu
 # mask[c] = top_k features of mean(z | class c)      target = decode(z * mask[y])
 
 
-def class_mean(v: Tensor, y: Tensor, n_classes: int, transform: Callable = Tensor.float) -> Tensor:
-    """Mean of transform(v [N, D]) over each class of y [N], [n_classes, D]; zeros if none."""
-    total, y = 0, y.long()
-    for part, labels in zip(v.split(2048), y.split(2048), strict=True):
-        part = transform(part)  # in parts: z, wider than h, may not fit into memory as a whole
+def class_numbers(y: Tensor, n_classes: int | None = None) -> Tensor:
+    """Labels [N] or [N, 1], of any type, as int64 [N]. ValueError for others than whole numbers
+    and, with n_classes, for others than 0 to n_classes - 1."""
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1 or (y.is_floating_point() and (y != y.round()).any()):
+        raise ValueError(f"labels {[*y.shape]}, {y.dtype}: need one whole number for each example")
+    y = y.long()
+    if n_classes is not None and len(y) > 0 and not 0 <= y.min() <= y.max() < n_classes:
+        raise ValueError(f"labels from {y.min()} to {y.max()}, but {n_classes} classes, from 0 on")
+    return y
+
+
+def class_mean(
+    x: Tensor, y: Tensor, n_classes: int, encode: Callable = Tensor.float, chunk: int = 2048
+) -> Tensor:
+    """Mean of encode(x [N, D]) over each class of y [N], [n_classes, ...]; zeros if it has none. In
+    chunks, as z, which is wider than h, may not fit into memory as a whole."""
+    total = 0
+    y = class_numbers(y, n_classes)
+    for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
+        part = encode(part)
         total = total + F.one_hot(labels, n_classes).to(part).T @ part
     return total / y.bincount(minlength=n_classes).clamp_min(1)[:, None].to(total)
 
 
-def class_top_k(v: Tensor, y: Tensor, n_classes: int, top_k: int, transform=Tensor.float) -> Tensor:
-    """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean.
-    v: z [N, d_sae], or h with transform=sae.encode. Ours: none whose mean is zero."""
-    z_mean = class_mean(v, y, n_classes, transform)  # (n_classes, d_sae)
+def class_top_k(
+    z: Tensor, y: Tensor, n_classes: int, top_k: int, encode: Callable = Tensor.float
+) -> Tensor:
+    """The features that each class keeps, bool [n_classes, d_sae]: the top_k with the largest mean
+    of z [N, d_sae] or, with encode=sae.encode, of the z of h [N, d_in]. Ours: none whose mean is
+    zero. ValueError for rows that are not finite and a top_k that does not fit."""
+    check_finite(z)
+    z_mean = class_mean(z, y, n_classes, encode)  # (n_classes, d_sae)
+    if not 1 <= top_k <= z_mean.shape[1]:
+        raise ValueError(f"top_k = {top_k} of d_sae = {z_mean.shape[1]} features")
     top = z_mean.topk(top_k, dim=1)
     return torch.zeros_like(z_mean, dtype=torch.bool).scatter(1, top.indices, top.values > 0)
 
 
 def sharpen(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """z [N, d_sae] without the features that the example's class, y [N], does not keep."""
-    return z * mask[y.long()]
+    return z * mask[class_numbers(y)]
 
 
 @torch.no_grad()
 def sharpened_targets(
-    sae: SparseAutoencoder, h: Tensor, y: Tensor, n_classes: int, top_k: int
+    sae: SparseAutoencoder, h: Tensor, y: Tensor, n_classes: int, top_k: int, chunk: int = 2048
 ) -> Tensor:
-    """The method's targets [N, d_in]: row i belongs to h[i] and y[i]; on h's device."""
+    """The method's targets [N, d_in]: row i belongs to h[i] and y[i]; on h's device. In chunks and
+    with ValueErrors as in `class_mean` and `class_top_k`."""
     mask = class_top_k(h, y, n_classes, top_k, sae.encode)
     targets = torch.empty_like(h)
-    for i in range(0, len(h), 2048):
-        z = sae.encode(h[i : i + 2048])
-        targets[i : i + 2048] = sae.decode(sharpen(z, y[i : i + 2048], mask))
+    for i in range(0, len(h), chunk):
+        z = sae.encode(h[i : i + chunk])
+        targets[i : i + chunk] = sae.decode(sharpen(z, y[i : i + chunk], mask))
     return targets
 
 
@@ -273,57 +348,95 @@ def fit(
     targets: Tensor | None = None,  # constants [N, d_in], on any device. None: the task alone
     weight: float = 1.0,  # of the auxiliary loss at the start; it falls to zero
     aux_loss: str = "mse",  # or "cosine", that of the paper's code, which leaves the scale free
+    variance: float | None = None,  # of h, for "mse". None: that of the model as it comes
     epochs: int = 1,
     batch_size: int = 64,
-    lr: float = 1e-3,  # of Adam
+    lr: float = 1e-3,
+    optimizer: str = "adam",  # or "sgd", as the paper's large networks are trained
     augment: Callable | None = None,  # changes an input at random; its target stays the same
     seed: int = 0,  # of the order of the batches, of dropout and of `augment`
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
-) -> None:
-    """Train, or train on, with the combined loss; sets torch's random seed, and eval mode in the
-    end. FloatingPointError if it diverges, ValueError for what does not fit together."""
+) -> tuple[float, float]:
+    """Train, or train on, with the combined loss. Returns the means of task and auxiliary loss over
+    the last epoch (nan where there are none). Modules whose parameters are all frozen stay in eval
+    mode, and all are in the end. FloatingPointError if the loss diverges, ValueError for what does
+    not fit together, the latter before the first step."""
+    y = class_numbers(y)
     if len(y) != len(x):
         raise ValueError(f"{len(x)} inputs, but {len(y)} class numbers")
+    if aux_loss not in ("mse", "cosine"):
+        raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
     if targets is not None:
-        sample, _ = activations(model, layer, x[batches(len(x), 4096, 1, seed)[0]])
-        variance = sample.var(0).mean().item()  # ours: divided by it, one `weight` suits any layer
-        if targets.shape != (len(x), sample.shape[1]):
-            raise ValueError(f"targets have to be [{len(x)}, {sample.shape[1]}], as h")
+        h, _ = activations(model, layer, sample_rows(x, seed))
+        if targets.shape != (len(x), h.shape[1]):
+            raise ValueError(f"targets have to be [{len(x)}, {h.shape[1]}], as h")
+        check_finite(targets, "the targets")
+        check_finite(h)
+        if variance is None:  # ours: divided by it, one `weight` suits any layer
+            variance = h.float().var(0).mean().item()
+        if variance == 0:
+            raise ValueError(f"h of layer {layer!r} is the same for all examples: is it dead?")
+    if optimizer == "adam":
+        update = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    elif optimizer == "sgd":
+        update = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=0.05)
+    else:
+        raise ValueError(f"optimizer = {optimizer!r} is neither adam nor sgd")
     device = next(model.parameters()).device
-    torch.manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = batches(len(x), batch_size, epochs, seed)
+    per_epoch = len(steps) // max(1, epochs)
+    task_losses, aux_losses = [], []  # of each step
     model.train()
-    with capture(model.get_submodule(layer)) as seen:
+    for module in model.modules():
+        own = [*module.parameters()]
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()  # else the statistics of a frozen BatchNorm would move
+    with random_numbers(seed), capture(model.get_submodule(layer)) as seen:
         for step, index in enumerate(progress(steps)):
-            inputs, labels = x[index].to(device), y[index].to(device).long()
+            inputs, labels = x[index].to(device), y[index].to(device)
             if augment is not None:
                 inputs = torch.stack([augment(image) for image in inputs])
-            loss = F.cross_entropy(model(inputs), labels)
+            logits = forward(model, layer, seen, inputs)
+            loss = F.cross_entropy(logits, labels)
+            task_losses.append(loss.detach())
             if targets is not None:
-                h, target = seen.h, targets[index].detach().to(seen.h)
+                h, target = seen.h, targets[index].detach().to(device)
                 if not h.requires_grad:
-                    raise ValueError(f"nothing that is trained is in or below layer {layer!r}")
+                    raise ValueError(
+                        f"no gradient reaches h: nothing that is trained is in or below layer "
+                        f"{layer!r}, or it runs under no_grad or in a reentrant checkpoint"
+                    )
                 if aux_loss == "mse":
                     aux = (h - target).square().mean() / variance
-                elif aux_loss == "cosine":
-                    aux = (1 - F.cosine_similarity(h, target)).mean()
                 else:
-                    raise ValueError(f"aux_loss = {aux_loss!r} is neither mse nor cosine")
+                    aux = (1 - F.cosine_similarity(h, target)).mean()
+                aux_losses.append(aux.detach())
                 # Ours: the weight falls, as the targets are of the model as it was at the start.
                 loss = loss + weight * (1 - step / len(steps)) * aux
-            optimizer.zero_grad()
+            update.zero_grad()
             loss.backward()
-            optimizer.step()
-            epoch, rest = divmod(step + 1, len(steps) // epochs)
-            # Dead ReLUs can hold a diverged network at a finite, but very large loss.
-            if rest == 0 and not loss < 1e6:
+            if optimizer == "sgd":
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            update.step()
+            # After each epoch, since to look at a number on a GPU means to wait for it. Dead ReLUs
+            # can hold a diverged network at a finite loss, but no task starts at a million.
+            if (step + 1) % per_epoch == 0 and not loss < 1e6:
+                epoch = (step + 1) // per_epoch
                 raise FloatingPointError(f"the loss diverged in epoch {epoch}; lower lr")
     model.eval()
+    return mean_of_last(task_losses, per_epoch), mean_of_last(aux_losses, per_epoch)
+
+
+def mean_of_last(values: list[Tensor], n: int) -> float:
+    """Mean of the last n numbers; nan if there are none."""
+    if not values:
+        return math.nan
+    return torch.stack(values[-n:]).mean().item()
 
 
 # === 5. Metrics ===================================================================================
-# x, z [N, D]; labels [N], with 2 to N - 1 different ones, or ValueError
+# x, z [N, D]; labels [N], whole numbers, with 2 to N - 1 different ones, or ValueError.
+# A score that is not defined, or is of points that are not finite, is nan.
 
 
 def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -332,7 +445,8 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
         x = x.cpu()
     if x.dtype != torch.float32:
         x = x.double()
-    _, labels, size = labels.to(x.device).unique(return_inverse=True, return_counts=True)
+    labels = class_numbers(labels).to(x.device)
+    _, labels, size = labels.unique(return_inverse=True, return_counts=True)
     if not 2 <= len(size) <= len(x) - 1:
         raise ValueError(f"{len(x)} points with {len(size)} different labels: need 2 to N - 1")
     return x, labels, size, class_mean(x, labels, len(size), Tensor.double)
@@ -340,31 +454,46 @@ def _clusters(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def silhouette_score(x: Tensor, labels: Tensor, chunk: int = 384) -> float:
     """Mean of (b - a) / max(a, b) (Rousseeuw 1987), -1 to 1, high is well separated: a, b are a
-    point's mean distances to its own cluster and to the nearest other; alone in its own, 0."""
+    point's mean distances to its own cluster and to the nearest other; alone in its own, 0.
+    `chunk` rows at a time: more would do more of the symmetric half twice, fewer wait for memory.
+    """
     x, labels, size, centre = _clusters(x, labels)
-    x = x - (size.double() @ centre / len(x)).to(x)  # smaller numbers are rounded less
-    norm = x.square().sum(1)  # (N,)
     member = F.one_hot(labels).to(x)  # (N, C)
     sums = torch.zeros_like(member, dtype=torch.float64)  # of distances to each cluster
+    centred = x - (size.double() @ centre / len(x)).to(x)  # smaller numbers are rounded less
+    norm = centred.square().sum(1)  # (N,)
     for i in range(0, len(x), chunk):
         part, rest = slice(i, i + chunk), slice(i, None)  # by symmetry, once will do
-        # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
-        square = torch.addmm(norm[part], x[rest], x[part].T, alpha=-2) + norm[rest, None]
-        error = square.diagonal().abs().max()  # of rounding, as a point's own distance is 0
-        if x.dtype == torch.float32:  # exact enough but for close points: these are subtracted
-            row, column = (~(square > 1e3 * error)).nonzero(as_tuple=True)  # or not finite
-            if (len(row) - chunk) * x.shape[1] > 5 * square.numel():  # then this is faster
-                return silhouette_score(x.double(), labels, chunk)
-            square[row, column] = (x[i + row] - x[i + column]).square().sum(1)
-        distance = square.fill_diagonal_(0).clamp_min_(0).sqrt_()
-        sums[rest] += distance @ member[part]
-        sums[part] += distance[chunk:].T @ member[i + chunk :]
+        distance = None
+        if x.dtype == torch.float32:
+            distance = _distances_by_products(centred[rest], norm[rest], chunk)
+        if distance is None:  # by differences: exact, slower
+            exact = "donot_use_mm_for_euclid_dist"
+            distance = torch.cdist(x[rest].double(), x[part].double(), compute_mode=exact)
+        distance.fill_diagonal_(0)
+        sums[rest] += distance @ member[part].to(distance)
+        sums[part] += distance[chunk:].T @ member[i + chunk :].to(distance)
     mean = sums / (size - member).clamp_min(1)  # over other points than itself
     a = (mean * member).sum(1)
     b = mean.masked_fill(member == 1, torch.inf).amin(1)
     s = (b - a) / torch.maximum(a, b)
     s[(size[labels] == 1) | (a == b)] = 0  # 0/0 where all the points are one
     return s.mean().item()
+
+
+def _distances_by_products(x: Tensor, norm: Tensor, chunk: int) -> Tensor | None:
+    """Distances [N, chunk] of all points x [N, D] to the first `chunk`, by a matrix product, which
+    is several times as fast as differences; None where it is not exact enough."""
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
+    square = torch.addmm(norm[:chunk], x, x[:chunk].T, alpha=-2) + norm[:, None]
+    rounding = square.diagonal().abs().max()  # a point's own distance should be 0
+    # A square below a thousand times the rounding, or one that is not finite, is subtracted: what
+    # is left has three digits where it is smallest, and averages of it have many more.
+    row, column = (~(square > 1e3 * rounding)).nonzero(as_tuple=True)
+    if (len(row) - chunk) * x.shape[1] > 5 * square.numel():  # so many that subtracting all is fast
+        return None
+    square[row, column] = (x[row] - x[column]).square().sum(1)
+    return square.clamp_min_(0).sqrt_()
 
 
 def davies_bouldin_score(x: Tensor, labels: Tensor) -> float:
@@ -384,15 +513,20 @@ def calinski_harabasz_score(x: Tensor, labels: Tensor) -> float:
     within = (x - centre[labels]).square().sum() / (len(x) - len(size))
     mean = size.double() @ centre / len(x)
     between = (size.double() @ (centre - mean).square()).sum() / (len(size) - 1)
-    return (between / within).item() if within != 0 else 1.0  # as in scikit-learn
+    if within == 0:
+        return 1.0  # as in scikit-learn
+    return (between / within).item()
 
 
 def adjusted_rand_score(a: Tensor, b: Tensor) -> float:
     """Adjusted Rand index of two labelings [N] (Hubert and Arabie 1985): 1 same, 0 by chance."""
-    labelings = a, b, torch.stack([a, b], 1)
-    sizes = [labels.cpu().unique(dim=0, return_counts=True)[1] for labels in labelings]
+    _, a = class_numbers(a).cpu().unique(return_inverse=True)
+    _, b = class_numbers(b).cpu().unique(return_inverse=True)
+    both = a * (b.max() + 1) + b  # one number for each pair of labels
     # Numbers of pairs of points with the same label: in a, in b, in both.
-    same_a, same_b, same_both = [(n @ (n - 1)).item() // 2 for n in sizes]
+    same_a, same_b, same_both = [
+        (n @ (n - 1)).item() // 2 for n in (labels.bincount() for labels in (a, b, both))
+    ]
     if same_a == same_b == same_both:
         return 1.0
     chance = same_a * same_b / math.comb(len(a), 2)
@@ -402,11 +536,19 @@ def adjusted_rand_score(a: Tensor, b: Tensor) -> float:
 def uncertainty_coefficient(z: Tensor, labels: Tensor) -> float:
     """Theil's U = 1 - H(fires | class) / H(fires), 0 to 1: the share of a feature's firing, z > 0,
     that the class explains. Mean over the features that fire on some but not all examples."""
-    fires, _, size, p_fires = _clusters(z > 0, labels)  # (N, d_sae) and, by class, (C, d_sae)
+    if z.device.type == "mps":  # has no float64
+        z = z.cpu()
+    fires = (z > 0).double().masked_fill(~z.isfinite(), torch.nan)  # (N, d_sae), 0 or 1
+    fires, _, size, p_fires = _clusters(fires, labels)  # p_fires: by class, (C, d_sae)
     p_class = size.double() / len(z)  # (C,)
-    entropy = torch.distributions.Bernoulli(fires.mean(0)).entropy()  # (d_sae,)
-    u = 1 - p_class @ torch.distributions.Bernoulli(p_fires).entropy() / entropy
-    return u[entropy > 1e-9].mean().nan_to_num(0).item()
+    mean = fires.mean(0)  # (d_sae,)
+    u = 1 - p_class @ _entropy(p_fires) / _entropy(mean)
+    return u[(mean != 0) & (mean != 1)].mean().item()
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Of an event that has the probability p, in nats."""
+    return torch.distributions.Bernoulli(p, validate_args=False).entropy()  # p may be nan
 
 
 def class_selectivity_index(z: Tensor, labels: Tensor) -> float:
@@ -416,19 +558,35 @@ def class_selectivity_index(z: Tensor, labels: Tensor) -> float:
     mu_max = mu.amax(0)
     mu_other = (mu.sum(0) - mu_max) / (len(mu) - 1)
     index = (mu_max - mu_other) / (mu_max + mu_other)
-    return index[mu_max > 0].mean().nan_to_num(0).item()
+    return index[mu_max != 0].mean().item()
 
 
 # === 6. Cycles ====================================================================================
 # targets = arm(sae, h, y)      fit(net, targets)      sae = train_sae(new h)      measure(net, sae)
 # An arm is a function (sae, h [N, d_in], y [N], n_classes, top_k) -> targets [N, d_in], or None for
 # no targets. One SAE for each state: it measures a cycle, and makes the targets of the next.
+
+
+def reconstructed_targets(
+    sae: SparseAutoencoder, h: Tensor, y: Tensor, n_classes: int, top_k: int
+) -> Tensor:
+    """Ours: what the SAE makes of h with all its features, without the labels."""
+    return sharpened_targets(sae, h, y, n_classes, len(sae.W_dec))
+
+
+def class_mean_targets(
+    sae: SparseAutoencoder, h: Tensor, y: Tensor, n_classes: int, top_k: int
+) -> Tensor:
+    """Ours: the mean h of the example's class, without the SAE."""
+    check_finite(h)
+    return class_mean(h, y, n_classes)[class_numbers(y)]
+
+
 ARMS = {
     "sae-ception": sharpened_targets,
     "control": None,
-    # Ours: what the SAE makes of h with all features; the mean h of the class, no SAE in it.
-    "unsharpened": lambda sae, h, y, n, top_k: sharpened_targets(sae, h, y, n, len(sae.W_dec)),
-    "class-mean": lambda sae, h, y, n, top_k: class_mean(h, y, n)[y.long()],
+    "unsharpened": reconstructed_targets,
+    "class-mean": class_mean_targets,
 }
 
 
@@ -438,22 +596,26 @@ def measure(model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: 
     SAE's features z and, with h_ in front, in h itself. A score that is not defined is nan."""
     h, logits = activations(model, layer, x)
     z = sae.encode(h)
-    h, logits, y = h.to(z), logits.to(z), y.to(z.device)
+    h, logits, y = h.to(z), logits.to(z), class_numbers(y).to(z.device)
     row = {
         "accuracy": (logits.argmax(1) == y).sum().item() / len(y),
         "adjusted_rand": adjusted_rand_score(z.argmax(1), y),  # of each example's largest feature
         "l0": ((z > 0).sum() / len(z)).item(),  # features that fire, per example
         "dead": (z == 0).all(0).sum().item() / z.shape[1],  # share of features that fire for none
-        "fvu": ((h - sae.decode(z)).square().sum() / (h - h.mean(0)).square().sum()).item(),
+        "fvu": math.nan,  # fraction of the variance of h that the SAE does not explain
     }
+    variation = (h - h.mean(0)).square().sum()
+    if variation != 0:
+        row["fvu"] = ((h - sae.decode(z)).square().sum() / variation).item()
     # A unit of h, which may have no natural zero, "fires" above its 75th percentile.
-    active = h > h.kthvalue(3 * (len(h) - 1) // 4 + 1, dim=0).values
+    rank = 3 * (len(h) - 1) // 4  # of three quarters in 0 to N - 1, rounded down
+    h_fires = h > h.kthvalue(rank + 1, dim=0).values  # kthvalue counts from 1
     scores = {  # and what they take for the h_ scores
         "silhouette": (silhouette_score, h),
         "davies_bouldin": (davies_bouldin_score, h),
         "calinski_harabasz": (calinski_harabasz_score, h),
         "class_selectivity": (class_selectivity_index, h),
-        "uncertainty": (uncertainty_coefficient, active),
+        "uncertainty": (uncertainty_coefficient, h_fires),
     }
     for name, (score, of_h) in scores.items():
         row[name] = row[f"h_{name}"] = math.nan
@@ -464,9 +626,10 @@ def measure(model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: 
 
 def restore(model: nn.Module, state: dict, arm: str) -> tuple[nn.Module, SparseAutoencoder]:
     """The latest model and SAE of an arm, or of the "baseline", from a state of `saeception`."""
-    net, (k, weights) = copy.deepcopy(model), state["saes"][arm]
-    net.load_state_dict(state["models"][arm])
-    sae = SparseAutoencoder(*weights["W_enc"].shape, k)
+    net = copy.deepcopy(model)
+    net.load_state_dict(state["model_state_dicts"][arm])
+    weights = state["sae_state_dicts"][arm]
+    sae = SparseAutoencoder(*weights["W_enc"].shape, state["sae_ks"][arm])
     sae.load_state_dict(weights)
     return net, sae.to(next(net.parameters()).device).requires_grad_(False)
 
@@ -484,6 +647,7 @@ def saeception(
     arms: dict[str, Callable | None] | None = None,  # None: sae-ception and control of `ARMS`
     val: tuple[Tensor, Tensor] | None = None,  # measured too, to choose settings by
     baseline_epochs: int = 0,  # of the task alone, before the first cycle; 0: trained already
+    restart: bool = False,  # each cycle trains `model` anew; else it trains the last cycle's on
     fit_options: dict | None = None,  # more arguments of `fit`
     sae_options: dict | None = None,  # more arguments of `train_sae`
     seed: int = 0,
@@ -492,47 +656,67 @@ def saeception(
 ) -> Iterator[dict]:
     """Yields a state after the baseline, which is cycle 0, and after each cycle of each arm: `rows`
     are the measurements, `restore` makes models and SAEs of it, torch.save keeps it. To a given
-    `state`, cycles and arms that it lacks are added. Raises what `fit` and `train_sae` raise."""
-    x, y = train
+    `state`, cycles and arms that it lacks are added. Raises what `fit` and `train_sae` raise, and
+    ValueError before it trains for what does not fit together."""
     arms = arms or {name: ARMS[name] for name in ("sae-ception", "control")}
     if "baseline" in arms:
         raise ValueError("an arm cannot be called baseline, as that is where the arms start")
-    sae_options = {"device": next(model.parameters()).device} | (sae_options or {})
-    state = state or {"rows": [], "models": {}, "saes": {}}
+    if sae_k is not None and not 1 <= sae_k <= d_sae:
+        raise ValueError(f"sae_k = {sae_k} active features of d_sae = {d_sae}")
+    if any(arms.values()) and not 1 <= top_k <= d_sae:
+        raise ValueError(f"top_k = {top_k} of d_sae = {d_sae} features")
+    net = copy.deepcopy(model)
+    _, logits = activations(net, layer, train[0][:1])
+    n_classes = logits.shape[1]
+    for inputs, labels in (train, test, val or test):
+        if len(inputs) != len(class_numbers(labels, n_classes)):
+            raise ValueError(f"{len(inputs)} inputs, but {len(labels)} class numbers")
+    x, y = train
+    sae_options = {"device": next(net.parameters()).device} | (sae_options or {})
+    empty = {"rows": [], "model_state_dicts": {}, "sae_state_dicts": {}, "sae_ks": {}}
+    state = state or empty
     done = {(row["cycle"], row["arm"]) for row in state["rows"]}  # in an earlier call
     plan = [(0, "baseline")] + [(cycle, arm) for cycle in range(1, cycles + 1) for arm in arms]
     # A stage: targets by the SAE of the stage before (cycle 0: none), fit, a fresh SAE, measure.
     for cycle, arm in [stage for stage in plan if stage not in done]:
-        start, what = time.perf_counter(), f"seed {seed} cycle {cycle} {arm}"
+        start, title = time.perf_counter(), f"seed {seed} cycle {cycle} {arm}"
         options = {"seed": 1000 * seed + cycle} | (fit_options or {})  # arms share the seed
         targets = h = None  # free the last stage's: each may be as large as x
-        if cycle == 0:
-            net = copy.deepcopy(model)
-            options["epochs"] = baseline_epochs
-        else:
-            before = "baseline" if cycle == 1 else arm
-            net, sae = restore(model, state, before)  # the sae was trained on the h of this net
-            if arms[arm] is not None:
-                h, logits = activations(net, layer, x)
-                targets = arms[arm](sae, h, y.to(h.device), logits.shape[1], top_k)
-                del h, logits  # room for what follows
         try:
-            show = partial(progress, desc=f"{what}: train")
-            fit(net, layer, x, y, targets, weight, progress=show, **options)
+            if cycle == 0:
+                net = copy.deepcopy(model)
+                options["epochs"] = baseline_epochs
+            else:
+                before = "baseline" if cycle == 1 else arm
+                net, sae = restore(model, state, before)  # the sae was trained on the h of this net
+                if arms[arm] is not None:
+                    h, _ = activations(net, layer, x)
+                    targets = arms[arm](sae, h, y.to(h.device), n_classes, top_k)
+                    if restart:  # the new model's own h does not vary as h will
+                        options["variance"] = sample_rows(h, seed).float().var(0).mean().item()
+                    h = None  # room for what follows
+                if restart:
+                    net = copy.deepcopy(model)
+            show = partial(progress, desc=f"{title}: train")
+            task_loss, aux_loss = fit(net, layer, x, y, targets, weight, progress=show, **options)
             targets = None  # room for the new h
             h, _ = activations(net, layer, x)
-            show = partial(progress, desc=f"{what}: SAE")
+            show = partial(progress, desc=f"{title}: SAE")
             sae = train_sae(h, d_sae, sae_k, seed=options["seed"], progress=show, **sae_options)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{what}: {error}") from error
-        row = {"seed": seed, "cycle": cycle, "arm": arm} | measure(net, layer, sae, *test)
+            raise FloatingPointError(f"{title}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{title}: {error}") from error
+        row = {"seed": seed, "cycle": cycle, "arm": arm}
+        row |= {"task_loss": task_loss, "aux_loss": aux_loss} | measure(net, layer, sae, *test)
         if val is not None:
             row |= {f"val_{name}": value for name, value in measure(net, layer, sae, *val).items()}
         row["seconds"] = time.perf_counter() - start
-        state = state | {  # a new one: a state does not change once it is yielded
+        state = {  # a new one: a state does not change once it is yielded
             "rows": state["rows"] + [row],
-            "models": state["models"] | {arm: net.state_dict()},
-            "saes": state["saes"] | {arm: (sae.k, sae.state_dict())},
+            "model_state_dicts": state["model_state_dicts"] | {arm: net.state_dict()},
+            "sae_state_dicts": state["sae_state_dicts"] | {arm: sae.state_dict()},
+            "sae_ks": state["sae_ks"] | {arm: sae.k},
         }
         yield state
 
@@ -578,6 +762,21 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
+class NoMLP(nn.Module):
+    """In the place of a transformer block's MLP it leaves the block's first half, attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class MixedPrecision(nn.Sequential):
+    """Layers with their products in bfloat16 (autocast); weights and logits are float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x).float()
+
+
 def cifar10_vit(
     arch: str = "vit_h_14",  # or vit_l_16, vit_b_16, vit_b_32, or vit_tiny: 4 blocks, 128 wide
     image_size: int = 384,  # rounded down to whole patches, 378 for vit_h_14
@@ -599,7 +798,7 @@ def cifar10_vit(
     load_weights(vit, weights, url, partial(interpolate_embeddings, size, patch))
     resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)
     mlp = Residual(OrderedDict(ln_2=last.ln_2, mlp=last.mlp))
-    last.mlp = nn.Threshold(torch.inf, 0.0)  # gives 0 for all, and leaves the block's first half
+    last.mlp = NoMLP()
     last.ln_2 = vit.encoder.ln = nn.Identity()
     model = nn.Sequential(OrderedDict(mlp=mlp, ln=norm, head=head))
     return nn.Sequential(resize, *PIXELS, vit), model, "ln"
@@ -607,7 +806,7 @@ def cifar10_vit(
 
 class ConvNeXtV2Block(nn.Module):
     """ConvNeXt's block without layer scale and, behind the GELU, with global response normalization
-    (GRN, Woo et al. 2023, arXiv:2301.00808)."""
+    (GRN, Woo et al. 2023, arXiv:2301.00808): y + gamma * y * response + beta."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -623,7 +822,9 @@ class ConvNeXtV2Block(nn.Module):
         y = F.gelu(self.pwconv1(y))
         size = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
         response = size / (size.mean(-1, keepdim=True) + 1e-6)
-        y = y + self.grn["gamma"] * (y * response) + self.grn["beta"]
+        # y is the widest tensor of the network: once through it, in its own type, is half the time.
+        factor = (1 + self.grn["gamma"] * response).to(y.dtype)
+        y = torch.addcmul(self.grn["beta"].to(y.dtype), y, factor)
         return x + self.pwconv2(y).permute(0, 3, 1, 2)
 
 
@@ -665,29 +866,42 @@ def imagenet_convnext(
 
 def load_weights(net: nn.Module, weights: str, url: str | None, translate: Callable = dict) -> None:
     """Fill `net` from the file `weights` or, for "auto", from `url`, if any, which torch.hub keeps.
-    `translate` makes net's state dict of the file's, which may have more. OSError if that fails."""
+    The file holds a state dict, alone or as "model" or "state_dict", of the bare, the compiled or
+    the parallel network. `translate` makes net's of it; it may have more. OSError if that fails."""
     if weights == "none" or (weights == "auto" and url is None):
         return
-    advice = f"put its file to {torch.hub.get_dir()}/checkpoints, or use --weights PATH or none"
-    with explained(f"cannot use the weights {url if weights == 'auto' else weights}", advice):
+    source, advice = weights, "name another file with --weights, or use --weights none"
+    if weights == "auto":
+        source = url
+        advice = f"put its file to {torch.hub.get_dir()}/checkpoints, or use --weights PATH or none"
+    with (
+        one_sentence(f"cannot use the weights {source}", advice),
+        torch.serialization.safe_globals([argparse.Namespace]),  # the settings of a training script
+    ):
         if weights == "auto":
             options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
             state = torch.hub.load_state_dict_from_url(url, **options)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = translate(state.get("model", state))
+        for key in ("model", "state_dict"):
+            state = state.get(key, state)
+        bare = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+        state = translate(bare)
         known = state.keys() & net.state_dict().keys()
+        for key in sorted(known):
+            if not state[key].isfinite().all():
+                raise ValueError(f"{key} has values that are not finite")
         net.load_state_dict({key: state[key] for key in known})
 
 
 @contextlib.contextmanager
-def explained(what: str, advice: str, kind: type = OSError) -> Iterator[None]:
-    """Whatever fails within becomes one sentence: what is wrong (why): what to do."""
+def one_sentence(problem: str, advice: str, kind: type = OSError) -> Iterator[None]:
+    """Whatever fails within becomes an error of this kind: problem (why): advice."""
     try:
         yield
     except Exception as error:  # each kind of damage, and no network, raises a type of its own
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise kind(f"{what} ({why}): {advice}") from error
+        raise kind(f"{problem} ({why}): {advice}") from error
 
 
 # === 8. Data ======================================================================================
@@ -702,6 +916,7 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         ImageDraw.Draw(canvas).text((28, 28), str(digit), fill=255, font_size=52, anchor="mm")
         glyphs[digit] = v2.functional.pil_to_tensor(canvas) / 255
     y = torch.randint(10, (n,), generator=generator)
+    # From and to: radians of rotation, shear, size, and shifts in half images.
     low = torch.tensor([-0.35, -0.2, 0.7, -0.15, -0.15])[:, None]
     width = torch.tensor([0.7, 0.4, 0.3, 0.3, 0.3])[:, None]
     angle, shear, size, right, down = low + width * torch.rand(5, n, generator=generator)
@@ -717,25 +932,54 @@ def render_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def load_files(dataset: str, root: str | Path, train: bool) -> tuple:
     """Images, class numbers and class names: of MNIST or CIFAR-10 below root, downloaded if not
     there, or of any photos in root/train/<class>/ and root/val/<class>/. OSError if that fails."""
-    advice = "--data-dir has to hold its files, imagenet's in train/<class>/ and val/<class>/"
-    with explained(f"cannot read or download {dataset} in {root}", advice):
-        if dataset == "imagenet":
-            data = torchvision.datasets.ImageFolder(Path(root, "train" if train else "val"))
-            images = np.array([path for path, _ in data.samples], dtype=object)
-        else:
-            kind = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}
-            data = kind[dataset](root, train=train, download=True)
-            images = torch.as_tensor(data.data)
-            images = images.view(*images.shape[:3], -1)  # [N, H, W, C]; MNIST's are [N, H, W]
-            # A copy with the usual strides, by which convolutions choose how they round.
-            images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-    return images, torch.as_tensor(data.targets), data.classes
+    if dataset == "imagenet":
+        advice = "--data-dir has to hold photos in train/<class>/ and val/<class>/"
+        with one_sentence(f"cannot read the photos in {root}", advice):
+            return find_photos(Path(root, "train" if train else "val"))
+    kinds = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}
+    folder = Path(root, {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}[dataset])
+    advice = f"delete {folder}, if it is there, and start again; or name the folder with --data-dir"
+    with one_sentence(f"cannot read or download {dataset} in {root}", advice):
+        data = kinds[dataset](root, train=train, download=True)
+        images = torch.as_tensor(data.data)
+        images = images.view(*images.shape[:3], -1)  # [N, H, W, C]; MNIST's are [N, H, W]
+        # A copy with the usual strides, by which convolutions choose how they round.
+        images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+        return images, torch.as_tensor(data.targets), data.classes
+
+
+def find_photos(folder: Path) -> tuple[np.ndarray, Tensor, list[str]]:
+    """Paths [N] of the photos in folder/<class>/, class numbers [N] and names. Hidden files and
+    folders do not count; how many others are no photos by their names is said on stderr."""
+
+    def hidden(name: str) -> bool:
+        return name.startswith(".") or name == "__MACOSX"
+
+    def is_photo(path: str) -> bool:
+        inside = path[len(str(folder)) + 1 :].split(os.sep)
+        if any(hidden(name) for name in inside):
+            return False
+        if not path.lower().endswith(IMG_EXTENSIONS):
+            left_out.append(path)
+            return False
+        return True
+
+    left_out = []
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    names = [name for name in names if not hidden(name)]
+    numbers = {name: number for number, name in enumerate(names)}
+    samples = make_dataset(str(folder), numbers, is_valid_file=is_photo)
+    if left_out:
+        print(f"{folder}: {len(left_out)} files left out, as {left_out[0]}", file=sys.stderr)
+    paths = np.array([path for path, _ in samples], dtype=object)
+    return paths, torch.tensor([number for _, number in samples]), names
 
 
 def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> tuple[dict, list]:
     """The splits "train", "val" and "test", shuffled, at most `limit` examples each, and the names
     of the classes. `val` is a sixth (digits, MNIST) or a tenth of the training files, at most
-    25,000, the same for all seeds; `test` is the official test or validation set."""
+    25,000, as in the paper, the same for all seeds; `test` is the official test or validation set.
+    """
     if dataset == "digits":
         images, y = render_digits(14_000)
         train, test = (images[:12_000], y[:12_000]), (images[12_000:], y[12_000:])
@@ -763,16 +1007,17 @@ def load_data(dataset: str, data_dir: str | Path, limit: int | None = None) -> t
 # x = trunk(images), computed once and kept as one file for 2048 images
 
 
-def decoded(image: Tensor | str, size: int) -> Tensor:
-    """Pixels as they are, or the photo at a path: uint8 [C, H, W], RGB of size x size. As for the
-    official ConvNeXt-V2 checkpoints, below 384 pixels the middle 7/8 of the shorter side is taken,
-    from there on the whole image is warped. OSError names a photo that cannot be read."""
-    if isinstance(image, Tensor):
-        return image
-    with explained(f"cannot read the image {image}", "mend or replace it"):
-        photo = Image.open(image)
+def read_photo(path: str | Path, size: int) -> Tensor:
+    """The photo, upright: uint8 [3, size, size]. As for the official ConvNeXt-V2 checkpoints, below
+    384 pixels the middle 7/8 of the shorter side is taken, from there on the whole image is warped.
+    OSError names a photo that cannot be read."""
+    with one_sentence(f"cannot read the image {path}", "mend or replace it"):
+        photo = Image.open(path)
         if photo.mode[0] in "IF":
             raise ValueError("its values do not fit into 8 bits")
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # EXIF data that are damaged turn nothing
+            photo = ImageOps.exif_transpose(photo)
         photo = photo.convert("RGB")
     if size < 384:
         photo = ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC, bleed=1 / 16)
@@ -781,17 +1026,65 @@ def decoded(image: Tensor | str, size: int) -> Tensor:
     return v2.functional.pil_to_tensor(photo)
 
 
+class Photos(Dataset):
+    """The photos at `paths`, decoded; in the place of one that cannot be read, the error."""
+
+    def __init__(self, paths: np.ndarray, size: int):
+        self.paths, self.size = paths, size
+
+    def __getitem__(self, i: int) -> np.ndarray | OSError:
+        try:
+            return read_photo(self.paths[i], self.size).numpy()
+        except OSError as error:  # raised here, it would reach the user as a worker's traceback
+            return error
+
+
+def photo_batches(
+    paths: np.ndarray, size: int, index_batches: list, workers: int
+) -> Iterator[Tensor]:
+    """uint8 [B, 3, size, size] for each batch of indices, decoded ahead by `workers` processes, or
+    by this one for 0: threads would wait for each other (797 photos a second with 16 threads, 1,430
+    with 16 processes, on 16 cores). OSError names a photo that cannot be read."""
+    # As lists of arrays they come through pipes. Tensors would need shared memory, of which a
+    # container has 64 MB: two batches.
+    loader = DataLoader(
+        Photos(paths, size), batch_sampler=index_batches, num_workers=workers, collate_fn=list
+    )
+    for photos in loader:
+        for photo in photos:
+            if isinstance(photo, OSError):
+                raise photo
+        yield torch.from_numpy(np.stack(photos))
+
+
 def write_whole(path: Path, write: Callable) -> None:
     """Let write(file) fill a file beside `path`, then move it there. OSError if that fails."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with explained(f"cannot write {path}", "make room, or name another folder"):
+    with one_sentence(f"cannot write {path}", "make room, or name another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(".*.part"):  # left by a process that was killed
+            with contextlib.suppress(OSError):
+                if time.time() - old.stat().st_mtime > 24 * 3600:
+                    old.unlink()
+        # A random name: processes in two containers may have the same number.
+        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
         try:
-            with open(part, "wb") as file:
+            with open(part, "xb") as file:
                 write(file)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def checksum(images: Tensor | np.ndarray, pool: ThreadPoolExecutor) -> int:
+    """CRC-32 of uint8 images, or of the bytes of the photos at paths."""
+
+    def of_file(path: str) -> bytes:
+        with one_sentence(f"cannot read the image {path}", "mend or replace it"):
+            return zlib.crc32(Path(path).read_bytes()).to_bytes(4, "big")
+
+    if isinstance(images, Tensor):
+        return zlib.crc32(images.contiguous().numpy())
+    return zlib.crc32(b"".join(pool.map(of_file, images)))
 
 
 @torch.no_grad()
@@ -801,122 +1094,198 @@ def trunk_features(
     folder: str | Path,  # keeps the features, of trunks with other weights, too
     device: str = "cpu",
     bfloat16: bool = False,  # the trunk's products in bfloat16: on many machines much faster
+    compiled: bool = False,  # by torch.compile: faster again, after a minute
     batch_size: int = 64,
     size: int = 384,  # side of the decoded photos
-    workers: int = 1,  # threads that decode them
-    share: tuple[int, int] = (0, 1),  # (i, n): the i-th of every n files alone
-    progress: Callable = iter,
+    workers: int = 1,  # processes that decode them; 0: this one does
+    rank: int = 0,  # of `world_size` processes that share the work: each makes its own files
+    world_size: int = 1,
+    progress: Callable = lambda phase, done, total: None,  # of images: "compared", then "done"
+    images_per_file: int = 2048,  # so much work is lost at a kill: of ViT-H on a GPU, 6 s
 ) -> Tensor:
     """trunk(images) [N, d] in eval mode, read from `folder`, or computed and left there. A file is
-    named after the checksums of the trunk's weights and of its images, or of the photos' folders,
-    names and sizes; what is missing or damaged is made again, so that a pass may be killed at any
-    time. OSError for a full disk or a bad photo."""
-    trunk, x = trunk.eval().to(device), [torch.empty(0)]  # a share may have no file
-    trunk_crc = zlib.crc32(f"{size} {bfloat16}".encode())
+    named after the checksums of the trunk's weights and of its images' or photos' content; what is
+    missing or damaged is made again, so that a pass may be killed at any time. OSError for a folder
+    that cannot be written, a full disk or a bad photo."""
+    trunk = trunk.eval().to(device)
+    kind = f"{size} {bfloat16}"
+    if compiled:
+        kind += " compiled"
+    trunk_crc = zlib.crc32(kind.encode())
     for value in trunk.state_dict().values():
         trunk_crc = zlib.crc32(value.cpu().contiguous().numpy(), trunk_crc)
-    with ThreadPoolExecutor(workers) as pool:
-        for start in progress(range(0, len(images), 2048)[share[0] :: share[1]]):
-            part = images[start : start + 2048]
-            if isinstance(part, Tensor):
-                content = part.numpy()
-            else:
-                content = [(*Path(photo).parts[-2:], os.path.getsize(photo)) for photo in part]
-                content = repr(content).encode()
-            path = Path(folder, f"{trunk_crc:08x}-{zlib.crc32(content):08x}.npz")
-            with contextlib.suppress(Exception):  # missing, or damaged, each kind in its own way
+
+    starts = range(0, len(images), images_per_file)[rank::world_size]  # a file's first image
+    stops = {start: min(start + images_per_file, len(images)) for start in starts}
+    features, missing = {}, {}  # by start: what the files hold, and the paths of those to make
+    n_images, n_compared = sum(stops[start] - start for start in starts), 0
+    progress("compared", 0, n_images)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for start in starts:
+            content_crc = checksum(images[start : stops[start]], pool)
+            path = Path(folder, f"{trunk_crc:08x}-{content_crc:08x}.npz")
+            try:
                 with np.load(path) as file:  # tests the checksums that the format has
-                    x.append(torch.from_numpy(file["x"]))
-                    continue
-            done, decoding = [], pool.map(partial(decoded, size=size), part)  # ahead of the trunk
-            while batch := list(islice(decoding, batch_size)):
-                with torch.autocast(torch.device(device).type, torch.bfloat16, bfloat16):
-                    done.append(trunk(torch.stack(batch).to(device)).float())
-            x.append(torch.cat(done).cpu())
-            write_whole(path, partial(np.savez, x=x[-1].numpy()))
-    return torch.cat(x)
+                    features[start] = torch.from_numpy(file["x"])
+            except Exception:  # it is not there, or damaged, each kind in its own way
+                missing[start] = path
+            n_compared += stops[start] - start
+            progress("compared", n_compared, n_images)
+    if missing:
+        advice = "make room, or name another folder with --cache-dir"
+        with one_sentence(f"cannot write to {folder}", advice):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+
+    index_batches = []  # none goes over the end of its file
+    for start in missing:
+        for i in range(start, stops[start], batch_size):
+            index_batches.append(range(i, min(i + batch_size, stops[start])))
+    if isinstance(images, Tensor):
+        pixel_batches = (images[batch.start : batch.stop] for batch in index_batches)
+    else:
+        pixel_batches = photo_batches(images, size, index_batches, workers)
+    run = trunk
+    if compiled:
+        run = partial(run_compiled, torch.compile(trunk), batch_size)
+    n_images, n_done, parts = sum(map(len, index_batches)), 0, []
+    progress("done", 0, n_images)
+    for batch, pixels in zip(index_batches, pixel_batches, strict=True):
+        if device == "cuda":
+            pixels = pixels.pin_memory()  # else the copy would wait for the batch before
+        pixels = pixels.to(device, non_blocking=True)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, bfloat16):
+            if n_done == 0 and device == "cpu":  # a single image tells how long all will take
+                trunk(pixels[:1])
+                progress("done", 1, n_images)
+            parts.append(run(pixels).float())
+        n_done += len(batch)
+        progress("done", n_done, n_images)
+        start = (batch.start // images_per_file) * images_per_file
+        if batch.stop == stops[start]:  # the file is complete
+            features[start], parts = torch.cat(parts).cpu(), []
+            write_whole(missing[start], partial(np.savez, x=features[start].numpy()))
+    if not features:  # there are fewer files than processes
+        return torch.empty(0)
+    return torch.cat([features[start] for start in starts])
+
+
+def run_compiled(net: Callable, batch_size: int, pixels: Tensor) -> Tensor:
+    """net(pixels), for which a smaller last batch, which would be compiled anew, is filled up."""
+    filling = pixels[-1:].expand(batch_size - len(pixels), *pixels.shape[1:])
+    with one_sentence("cannot run the compiled trunk", "leave --compile out"):
+        return net(torch.cat([pixels, filling]))[: len(pixels)]
 
 
 # === 10. Results ==================================================================================
 # results.json, clusters.png, features.png and checkpoint.pt are written whole or not at all
 
-HEADING = (
-    "seed cycle         arm    acc.  silh.     DB    CH   ARI      U  sel.    L0  dead    FVU"
-    " h silh   h DB    h U h sel    s"
-)
-ROW = (  # as wide as what HEADING has above it
-    "{seed:>4}{cycle:>6}{arm:>12}{accuracy:>8.4f}{silhouette:>7.3f}{davies_bouldin:>7.3f}"
-    "{calinski_harabasz:>6.0f}{adjusted_rand:>6.2f}{uncertainty:>7.3f}{class_selectivity:>6.2f}"
-    "{l0:>6.1f}{dead:>6.2f}{fvu:>7.3f}{h_silhouette:>7.3f}{h_davies_bouldin:>7.3f}"
-    "{h_uncertainty:>7.3f}{h_class_selectivity:>6.2f}{seconds:>5.0f}"
-)
+COLUMNS = [  # of the table: key of a row, heading, width, digits behind the point
+    ("seed", "seed", 4, None),
+    ("cycle", "cycle", 6, None),
+    ("arm", "arm", 12, None),
+    ("accuracy", "accuracy", 9, 4),
+    ("silhouette", "silh. z", 8, 3),
+    ("davies_bouldin", "DB z", 7, 3),
+    ("h_silhouette", "silh. h", 8, 3),
+    ("h_uncertainty", "U h", 6, 3),
+    ("l0", "L0", 6, 1),
+    ("fvu", "FVU", 6, 3),
+    ("seconds", "seconds", 8, 0),
+]
 
 
-def table(rows: list[dict]) -> str:
-    """The rows of a state as text, 120 columns wide."""
-    return "\n".join([HEADING, *(ROW.format(**row) for row in rows)])
-
-
-def summary(rows: list[dict]) -> str:
-    """Mean and standard deviation over the seeds of each cycle and arm, and of the difference
-    sae-ception minus control, taken seed by seed. Of one seed: the difference alone."""
-    values, groups, lines = {}, {}, []
+def table(rows: list[dict], heading: bool = True) -> str:
+    """The rows of a state as text, 80 columns wide; all that was measured is in the rows."""
+    lines = []
+    if heading:
+        lines.append("".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS))
     for row in rows:
-        numbers = np.array(list(row.values())[3:])  # behind seed, cycle, arm
-        values[row["cycle"], row["arm"], row["seed"]] = numbers
-    for (cycle, arm, seed), control in list(values.items()):
-        if arm == "control" and (cycle, "sae-ception", seed) in values:
-            values[cycle, "difference", seed] = values[cycle, "sae-ception", seed] - control
-    for (cycle, arm, _), numbers in values.items():
-        groups.setdefault((cycle, arm), []).append(numbers)
-    for (cycle, arm), group in groups.items():  # an array per seed
-        if len(group) > 1 or arm == "difference":
-            lines.append(["mean", cycle, arm, *np.mean(group, 0)])
-        if len(group) > 1:
-            lines.append(["std", cycle, arm, *np.std(group, 0, ddof=1)])
-    return table([dict(zip(rows[0], line, strict=True)) for line in lines]) if lines else ""
+        line = ""
+        for key, _, width, digits in COLUMNS:
+            if digits is None:
+                line += f"{row[key]:>{width}}"
+            else:
+                line += f"{row[key]:>{width}.{digits}f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def palette(n: int) -> list[str]:
-    """n colours around the wheel, every other one dark, so that neighbours differ."""
-    return [f"hsl({360 * i // n}, 85%, {48 - 16 * (i % 2)}%)" for i in range(n)]
+def summary(rows: list[dict]) -> list[dict]:
+    """Rows with mean and standard deviation over the seeds of each cycle and arm, and of the
+    difference sae-ception minus control, taken seed by seed. Of one seed: the difference alone."""
+    numbers = [key for key, _, _, digits in COLUMNS if digits is not None]
+    by_arm = {}  # (cycle, arm): seed: numbers
+    for row in rows:
+        values = np.array([row[key] for key in numbers])
+        by_arm.setdefault((row["cycle"], row["arm"]), {})[row["seed"]] = values
+    for cycle in sorted({row["cycle"] for row in rows}):
+        method, control = (by_arm.get((cycle, arm), {}) for arm in ("sae-ception", "control"))
+        both = [seed for seed in method if seed in control]
+        if both:
+            by_arm[cycle, "difference"] = {seed: method[seed] - control[seed] for seed in both}
+    lines = []
+    for (cycle, arm), values in by_arm.items():
+        values = np.array(list(values.values()))  # (seeds, numbers)
+        statistics = {}
+        if len(values) > 1 or arm == "difference":
+            statistics["mean"] = values.mean(0)
+        if len(values) > 1:
+            statistics["std"] = values.std(0, ddof=1)
+        for name, result in statistics.items():
+            line = {"seed": name, "cycle": cycle, "arm": arm}
+            lines.append(line | dict(zip(numbers, result, strict=True)))
+    return lines
 
 
 def draw_clusters(path: Path, codes: dict[str, Tensor], y: Tensor, names: list[str]) -> None:
-    """A panel per title: features z [N, d_sae] on their first two principal components, coloured by
-    class y [N], and the names of the first ten classes."""
-    colours, image = palette(len(names)), Image.new("RGB", (480 * len(codes), 560), "white")
-    draw = ImageDraw.Draw(image)
-    for panel, (title, z) in enumerate(codes.items()):
-        z = z[:5000]
-        torch.manual_seed(0)  # pca_lowrank draws at random; the picture should not
-        _, _, axes = torch.pca_lowrank(z, q=min(32, *z.shape), niter=8)
-        points = (z - z.mean(0)) @ axes[:, :2]
-        low, high = points.quantile(torch.tensor([0.002, 0.998]), dim=0)  # no single far point
-        points = ((points - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
-        points = torch.tensor([480 * panel + 20, 60]) + 440 * points
-        draw.text((480 * panel + 20, 10), title, fill="black", font_size=18)
-        for (u, v), label in zip(points.tolist(), y.tolist(), strict=False):
-            draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=colours[label])
-    for c, name in enumerate(names[:10]):
-        draw.text((20 + c * image.width // 10, 530), name, fill=colours[c], font_size=14)
-    write_whole(path, partial(image.save, format="PNG"))
-
-
-def draw_features(path: Path, z: Tensor, y: Tensor, names: list[str], images, size: int) -> None:
-    """For each of the first 20 classes its three features with the largest mean, each as the eight
-    images with the largest z [N, d_sae], framed in the colour of their own class y [N]."""
-    colours, z_mean = palette(len(names)), class_mean(z, y, len(names))[:20]
-    canvas = Image.new("RGB", (1318, 5 + 80 * len(z_mean)), "white")
+    """A panel per title: the distances between the features z [N, d_sae] of some 600 examples,
+    sorted by class y [N], of the first 20 classes. Dark is near, light is far: classes are dark
+    blocks on the diagonal where they are tight, and the field is light where they are far apart."""
+    n_classes = min(20, len(names))
+    members = [(y == c).nonzero()[: 600 // n_classes, 0] for c in range(n_classes)]
+    order, margin = torch.cat(members), 90
+    side = len(order)
+    canvas = Image.new("RGB", (margin + (side + 20) * len(codes), side + 50), "white")
     draw = ImageDraw.Draw(canvas)
+    for panel, (title, z) in enumerate(codes.items()):
+        distance = torch.cdist(z[order], z[order])
+        # The mean distance is a middle grey in each panel, as the silhouette has no scale either.
+        grey = (distance / (2 * distance.mean())).clamp(0, 1)
+        left = margin + (side + 20) * panel
+        canvas.paste(Image.fromarray((255 * grey).byte().numpy()), (left, 40))
+        draw.text((left, 10), title, fill="black", font_size=18)
+    top = 40
+    for name, member in zip(names, members, strict=False):
+        draw.text((4, top + len(member) / 2), name[:12], fill="black", font_size=14, anchor="lm")
+        top += len(member)
+    write_whole(path, partial(canvas.save, format="PNG"))
+
+
+def draw_features(
+    path: Path, title: str, z: Tensor, y: Tensor, names: list[str], images, size: int | None
+) -> None:
+    """Under the title, for each of the first 20 classes its three features with the largest mean,
+    each as the eight images with the largest z [N, d_sae]; the frame tells an image's own class, y
+    [N], by its colour. `images` are uint8 [N, C, H, W], or paths [N], read at `size`."""
+    n_classes = len(names)
+    # Around the wheel, every other one dark, so that neighbours differ.
+    colours = [f"hsl({360 * c // n_classes}, 85%, {48 - 16 * (c % 2)}%)" for c in range(n_classes)]
+    z_mean = class_mean(z, y, n_classes)[:20]
+    canvas = Image.new("RGB", (1318, 35 + 80 * len(z_mean)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((10, 5), title, fill="black", font_size=18)
     for c, features in enumerate(z_mean.argsort(descending=True)[:, :3].tolist()):
         for column, feature in enumerate(features):
-            left, top = 10 + 436 * column, 5 + 80 * c
+            left, top = 10 + 436 * column, 35 + 80 * c
             text = f"{names[c]}: feature {feature}, mean {z_mean[c, feature]:.2f}"
             draw.text((left, top), text, fill=colours[c], font_size=15)
             for i, n in enumerate(z[:, feature].argsort(descending=True)[:8].tolist()):
-                photo = v2.functional.to_pil_image(decoded(images[n], size)).convert("RGB")
-                photo = ImageOps.expand(photo.resize((44, 44)), 3, fill=colours[y[n]])
+                pixels = images[n]
+                if not isinstance(pixels, Tensor):
+                    pixels = read_photo(pixels, size)
+                photo = v2.functional.to_pil_image(pixels).convert("RGB").resize((44, 44))
+                photo = ImageOps.expand(photo, 3, fill=colours[y[n]])
                 canvas.paste(photo, (left + 52 * i, top + 21))
     write_whole(path, partial(canvas.save, format="PNG"))
 
@@ -929,22 +1298,67 @@ def save_run(folder: Path, config: dict, states: dict) -> None:
     environment["threads"] = torch.get_num_threads()
     if config["device"] == "cuda":
         environment["gpu"] = torch.cuda.get_device_name()
-    rows = [row for state in states.values() for row in state["rows"]]
-    rows = json.loads(json.dumps(rows), parse_constant=lambda name: None)  # nan and inf
+    rows = []
+    for state in states.values():
+        for row in state["rows"]:
+            rows.append({key: finite_or_none(value) for key, value in row.items()})
     text = json.dumps({"config": config, "environment": environment, "rows": rows}, indent=1)
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
 
 
+def finite_or_none(value):
+    """The value; None in the place of nan and infinity, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_whole(text: str) -> None:
+    """Print to stdout. If nobody takes it any more (a closed pipe, a full disk), say so once on
+    stderr, and go on: the results are in the run's folder."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        print(f"stdout is gone ({error}); the run goes on to its end", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def progress_line(title: str, unit: str, first: float, advice: str = "") -> Callable:
+    """A function of (done, total) that says rate and time left on stderr: on a terminal in one line
+    that is renewed, else at the end and once a minute; not before `first` seconds, unless it is
+    done. `advice` is given once, where it will take days."""
+    start = time.perf_counter()
+    shown, advised = -math.inf, False
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown, advised
+        now = time.perf_counter()
+        interval = 60
+        if sys.stderr.isatty():
+            interval = 0.2
+        if done < total and (done == 0 or now - start < first or now - shown < interval):
+            return
+        shown = now
+        rate = done / (now - start)
+        left = timedelta(seconds=round((total - done) / rate))
+        text = f"{title}: {done}/{total} {unit}, {rate:.3g} a second, {left} left"
+        end = "\n"
+        if done < total and sys.stderr.isatty():
+            end = "\r"
+        print(f"{text:<99}", end=end, file=sys.stderr, flush=True)
+        if left > timedelta(days=1) and advice and not advised:
+            print(f"\n{advice}", file=sys.stderr)
+            advised = True
+
+    return report
+
+
 def show_progress(steps, desc: str) -> Iterator:
-    """Rate and time left on stderr; where that is no terminal, one line when it is done."""
-    start = shown = time.perf_counter()
+    """The steps, with their rate and the time left on stderr."""
+    report = progress_line(desc, "steps", first=10)
     for done, step in enumerate(steps, 1):
         yield step
-        now, to_do = time.perf_counter(), len(steps) - done
-        if to_do == 0 or (sys.stderr.isatty() and now - shown > 0.2):
-            shown, rate = now, done / (now - start)
-            text = f"{desc}: {done}/{len(steps)}, {rate:.2f} steps/s, {to_do / rate:.0f} s left"
-            print(f"{text:<99}", end="\r" if to_do else "\n", file=sys.stderr, flush=True)
+        report(done, len(steps))
 
 
 # === 11. Command line =============================================================================
@@ -956,79 +1370,160 @@ ARCHS = {  # of each data set, its default first
     "imagenet": list(CONVNEXTV2),
 }
 
+# Defaults that a network decides. Those of the mlp and the l1 of the cnn are chosen on validation
+# images; d_sae and epochs of vit and convnext are the paper's; the rest is not tuned.
+# fmt: off
+PRESETS = {
+    "cnn": {
+        "tune": "all", "layer": "norm", "image_size": None, "weights": "none", "augment": "none",
+        "aux_weight": 1.0, "d_sae": 512, "l1": 1.0, "sae_k": 16, "sae_epochs": 10,
+        "baseline_epochs": 8, "epochs": 2, "batch_size": 64, "lr": 5e-4,
+    },
+    "mlp": {
+        "tune": "all", "layer": "relu1", "image_size": None, "weights": "none", "augment": "none",
+        "aux_weight": 1.0, "d_sae": 256, "l1": 0.1, "sae_k": 8, "sae_epochs": 10,
+        "baseline_epochs": 8, "epochs": 8, "batch_size": 128, "lr": 2e-3,
+    },
+    "vit_tiny": {
+        "tune": "all", "layer": "ln", "image_size": 32, "weights": "none", "augment": "flip-crop",
+        "aux_weight": 0.3, "d_sae": 512, "l1": 0.3, "sae_k": 16, "sae_epochs": 20,
+        "baseline_epochs": 20, "epochs": 3, "batch_size": 64, "lr": 1e-3,
+    },
+    "vit": {
+        "tune": "last", "layer": "ln", "image_size": 384, "weights": "auto", "augment": "flip-crop",
+        "aux_weight": 0.3, "d_sae": 5120, "l1": 1.0, "sae_k": 32, "sae_epochs": 5,
+        "baseline_epochs": 3, "epochs": 3, "batch_size": 64, "lr": 1e-4,
+    },
+    "convnext": {  # with the 1000 classes of ImageNet, and so its head
+        "tune": "last", "layer": "norm", "image_size": 384, "weights": "auto", "augment": "none",
+        "aux_weight": 0.3, "d_sae": 6144, "l1": 1.0, "sae_k": 32, "sae_epochs": 1,
+        "baseline_epochs": 0, "epochs": 1, "batch_size": 64, "lr": 1e-4,
+    },
+    "convnext_new_head": {  # with other classes
+        "tune": "last", "layer": "norm", "image_size": 384, "weights": "auto", "augment": "none",
+        "aux_weight": 0.3, "d_sae": 6144, "l1": 1.0, "sae_k": 32, "sae_epochs": 1,
+        "baseline_epochs": 20, "epochs": 20, "batch_size": 64, "lr": 1e-3,
+    },
+}
+# fmt: on
 
-def make_parser(setting: str) -> argparse.ArgumentParser:
-    """All options, with the defaults for `setting`: a network of ARCHS, or convnext_own for other
-    classes than ImageNet's."""
-    parser = argparse.ArgumentParser("saeception.py", usage=argparse.SUPPRESS)  # for short errors
 
-    def option(name, kind, default, meaning, choices=None, nargs=None, **others):
-        text = f"{meaning} (default: {default}"
-        for start, value in others.items():  # for settings that start so; a later one overrides
-            text += f", {value} for {start}"
-            if setting.startswith(start):
-                default = value
-        rule = {"type": kind, "choices": choices, "nargs": nargs}
-        parser.add_argument(f"--{name}", default=default, help=f"{text})", **rule)
+def preset_of(dataset: str, arch: str, data_dir: str) -> dict:
+    """The defaults for a network; ImageNet's own classes have folders n01440764 to n15075141, and,
+    sorted, the order of the official checkpoints."""
+    if arch in PRESETS:
+        return PRESETS[arch]
+    if dataset == "cifar10":
+        return PRESETS["vit"]
+    if dataset == "imagenet" and len([*Path(data_dir, "train").glob("n*")]) == 1000:
+        return PRESETS["convnext"]
+    return PRESETS["convnext_new_head"]
 
-    # The mlp's defaults and the l1 of cnn are chosen on validation images; for ViT-H and
-    # ConvNeXt-V2, top-k, d-sae and epochs are the paper's; the rest is not tuned.
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable:
+    """A type for argparse: a finite int or float from low to high."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} has to be at least {low} and at most {high}")
+        return value
+
+    convert.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
+    return convert
+
+
+def absolute_path(text: str) -> str:
+    """A type for argparse: a path that is good from other folders, too."""
+    return str(Path(text).expanduser().absolute())
+
+
+def weights_source(text: str) -> str:
+    """A type for argparse: auto, none, or a path."""
+    if text in ("auto", "none"):
+        return text
+    return absolute_path(text)
+
+
+def make_parser(preset: dict, add_help: bool = True) -> argparse.ArgumentParser:
+    """All options; `preset` has the defaults that depend on the network."""
+    parser = argparse.ArgumentParser(
+        "saeception.py",
+        usage=argparse.SUPPRESS,  # for short errors
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Defaults are those of the --dataset and --arch on this command line.",
+        add_help=add_help,
+    )
+    add, count, size = parser.add_argument, number(int, 1), number(float, 0)
     # fmt: off
-    option("dataset", str, "digits", "digits are rendered, nothing is downloaded", ARCHS)
-    option("cycles", int, 3, "rounds of SAE, sharpen, train, measure")
-    option("data-dir", str, "data", "where data sets lie or are downloaded to")
-    option("out-dir", str, "runs", "where each run makes its folder")
-    option("cache-dir", str, None, "keeps the trunk's features; None: DATA_DIR/features")
-    option("arch", str, None, f"network; None: the first of the data set's, {ARCHS}")
-    option("image-size", int, 384, "side of the images of ViT and ConvNeXt", vit_tiny=32)
-    option("weights", str, "auto", "auto (official), none, or a path", vit_tiny="none")
-    option("tune", str, "last", "train what is behind the trunk, or all", ["last", "all"],
-           cnn="all", mlp="all", vit_tiny="all")
-    option("layer", str, "norm", "name of the layer whose output is h", mlp="relu1", vit="ln")
-    option("top-k", int, 25, "features that each class keeps")
-    option("aux-weight", float, 1.0, "of the auxiliary loss; it falls to 0", vit=0.3, convnext=0.3)
-    option("aux-loss", str, "mse", "distance between h and its target", ["mse", "cosine"])
-    option("sae", str, "l1", "what makes the SAE sparse", ["l1", "topk"])
-    option("d-sae", int, 512, "features of the SAE", mlp=256, vit=5120, vit_tiny=512, convnext=6144)
-    option("l1", float, 1.0, "weight of the L1 norm of z, for --sae l1", mlp=0.1, vit_tiny=0.3)
-    option("sae-k", int, 32, "active features, with --sae topk", mlp=8, cnn=16, vit_tiny=16)
-    option("baseline-epochs", int, 8, "before the first cycle; 0: it is trained already",
-           vit=3, vit_tiny=20, convnext=0, convnext_own=20)
-    option("epochs", int, 3, "in each cycle", cnn=2, mlp=8, convnext=1, convnext_own=20)
-    option("sae-epochs", int, 10, "of each SAE", vit=5, vit_tiny=20, convnext=1)
-    option("sae-min-steps", int, 1000, "of each SAE: more epochs where images are few")
-    option("batch-size", int, 64, "of the classifier and of the trunk", mlp=128)
-    option("lr", float, 1e-3, "learning rate of the classifier",
-           cnn=5e-4, mlp=2e-3, vit=1e-4, vit_tiny=1e-3, convnext=1e-4, convnext_own=1e-3)
-    option("augment", str, "none", "with --tune all", ["none", "flip-crop"], vit="flip-crop")
-    option("precision", str, "auto", "of products in trunk and SAEs; auto: bfloat16 with --tune "
-           "last on cuda, else float32", ["auto", "float32", "bfloat16"])
-    option("seeds", int, [0], "one run each", nargs="+")
-    option("arms", str, ["sae-ception", "control"], "what to compare", ARMS, "+")
-    option("limit", int, None, "examples of each split, chosen at random; None: all")
-    option("device", str, "auto", "cuda if there is one", ["auto", "cpu", "cuda", "mps"])
-    option("workers", int, os.cpu_count(), "threads of each process that decode photos")
-    option("resume", str, None, "folder of a run to go on with; cycles, seeds, arms can be added")
+    add("--dataset", default="digits", choices=ARCHS, help="digits are rendered, none downloaded")
+    add("--cycles", default=3, type=number(int, 0), help="rounds of SAE, sharpen, train, measure")
+    add("--data-dir", default="data", type=absolute_path, help="where data sets lie, or come to")
+    add("--out-dir", default="runs", type=os.path.expanduser, help="each run makes a folder there")
+    add("--cache-dir", type=absolute_path, help="for the trunk's features; None: DATA_DIR/features")
+    add("--arch", help=f"network; None: the first of the data set's, {ARCHS}")
+    add("--image-size", type=number(int, 32), help="side of the images of ViT and ConvNeXt")
+    add("--weights", type=weights_source, help="auto (official), none, or a path")
+    add("--tune", choices=["last", "all"], help="train what is behind the trunk, or all")
+    add("--layer", help="name of the layer whose output is h")
+    add("--top-k", default=25, type=count, help="features that each class keeps")
+    add("--aux-weight", type=size, help="of the auxiliary loss; it falls to 0 in each cycle")
+    add("--aux-loss", default="mse", choices=["mse", "cosine"],
+        help="distance between h and its target; the paper's is cosine")
+    add("--restart", action="store_true",
+        help="each cycle trains the first weights anew, as in the paper's MNIST runs")
+    add("--optimizer", default="adam", choices=["adam", "sgd"],
+        help="sgd as in the paper's large runs: momentum 0.9, weight decay 0.05, clipped to 1")
+    add("--sae", default="l1", choices=["l1", "topk"], help="what makes the SAE sparse")
+    add("--d-sae", type=count, help="features of the SAE")
+    add("--l1", type=size, help="weight of the L1 norm of z, for --sae l1")
+    add("--sae-k", type=count, help="active features of an example, for --sae topk")
+    add("--baseline-epochs", type=number(int, 0),
+        help="before the first cycle; 0: it is trained already")
+    add("--epochs", type=count, help="in each cycle")
+    add("--sae-epochs", type=count, help="of each SAE")
+    add("--sae-min-steps", default=1000, type=number(int, 0),
+        help="of each SAE: more epochs where images are few")
+    add("--batch-size", type=count,
+        help="of the classifier and of the trunk; the whole vit_h_14 in bfloat16 takes 18 GiB of "
+             "GPU memory for 8, 26 for 16, 42 for 32, 74 for 64")
+    add("--lr", type=size, help="learning rate of the classifier")
+    add("--augment", choices=["none", "flip-crop"], help="with --tune all")
+    add("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
+        help="of products in the trunk and, with --tune all, in the model; auto: bfloat16 with "
+             "--tune last on cuda, else float32")
+    add("--compile", action="store_true", help="torch.compile the trunk: needs a C compiler")
+    add("--seeds", default=[0], type=number(int, 0, 10**12), nargs="+", help="one run each")
+    add("--arms", default=["sae-ception", "control"], choices=ARMS, nargs="+",
+        help="what to compare")
+    add("--limit", type=count, help="examples of each split, chosen at random; None: all")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+        help="auto: cuda if there is one")
+    add("--workers", default=os.cpu_count(), type=number(int, 0),
+        help="processes that decode photos; 0: the program itself")
+    add("--resume", type=os.path.expanduser,
+        help="folder of a run to go on with; cycles, seeds, arms can be added")
     # fmt: on
+    parser.set_defaults(**preset)
     return parser
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """The settings, and the finished states by seed. ValueError for what does not fit together."""
-    first = make_parser("").parse_args(argv)  # the data set and --arch decide on the defaults
-    setting = arch = first.arch or ARCHS[first.dataset][0]
-    # ImageNet's folders are n01440764 to n15075141; sorted, they are in a checkpoint's order.
-    if first.dataset == "imagenet" and len([*Path(first.data_dir, "train").glob("n*")]) != 1000:
-        setting = "convnext_own"
-    saved, states = {"arch": arch}, {}
-    if first.resume:
-        with explained(f"no run in {first.resume}", "name the folder of a run", ValueError):
-            checkpoint = torch.load(Path(first.resume, "checkpoint.pt"), "cpu", weights_only=True)
+    given, _ = make_parser({}, add_help=False).parse_known_args(argv)
+    saved, states = {}, {}
+    if given.resume:
+        with one_sentence(f"no run in {given.resume}", "name the folder of a run", ValueError):
+            checkpoint = torch.load(Path(given.resume, "checkpoint.pt"), "cpu", weights_only=True)
             saved, states = checkpoint["config"], checkpoint["states"]
-    args = make_parser(setting).parse_args(argv, argparse.Namespace(**saved))
+            all(state["model_state_dicts"] for state in states.values())  # else of an old version
+    dataset = saved.get("dataset", given.dataset)
+    arch = given.arch or saved.get("arch", ARCHS[dataset][0])
+    preset = preset_of(dataset, arch, saved.get("data_dir", given.data_dir))
+    args = make_parser(preset | {"arch": arch}).parse_args(argv, argparse.Namespace(**saved))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with explained(f"no --device {args.device} here", "use --device cpu", ValueError):
+    with one_sentence(f"no --device {args.device} here", "use --device cpu", ValueError):
         torch.zeros(1, device=args.device)
     if args.precision == "auto":
         fast = args.device == "cuda" and args.tune == "last"
@@ -1041,17 +1536,24 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
             raise ValueError(f"--resume: the run has {key} = {value}; leave this option out")
     if args.arch not in ARCHS[args.dataset]:
         raise ValueError(f"--arch: for {args.dataset} choose {', '.join(ARCHS[args.dataset])}")
-    for name in "top-k sae-k epochs sae-epochs batch-size limit".split():
-        number = getattr(args, name.replace("-", "_"))
-        if number is not None and number < 1:
-            raise ValueError(f"--{name} has to be at least 1")
     if max(args.top_k, args.sae_k or 0) > args.d_sae:
         raise ValueError(f"--top-k and --sae-k have to be at most --d-sae, {args.d_sae}")
-    if args.image_size < 32:
-        raise ValueError("--image-size has to be at least 32, for ConvNeXts and whole patches")
     if args.dataset == "imagenet" and args.tune == "all":
         raise ValueError("--tune all keeps all images in memory: not for --dataset imagenet")
     return args, states
+
+
+def place_in_torchrun() -> tuple[int, int]:
+    """Number of this process and number of processes, (0, 1) without torchrun. ValueError where
+    some of its variables are set and others are not."""
+    names = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    values = {name: os.environ.get(name, "") for name in names}  # some launchers leave them empty
+    if values["RANK"] in ("", "0") and values["WORLD_SIZE"] in ("", "1"):
+        return 0, 1
+    missing = [name for name, value in values.items() if not value]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not set: start with torchrun, or unset {names}")
+    return int(values["RANK"]), int(values["WORLD_SIZE"])
 
 
 def build(args: argparse.Namespace, n_classes: int, seed: int) -> tuple[nn.Module, nn.Module]:
@@ -1067,49 +1569,69 @@ def build(args: argparse.Namespace, n_classes: int, seed: int) -> tuple[nn.Modul
     else:
         trunk, model, _ = imagenet_convnext(args.arch, n_classes, args.weights)
     if args.tune == "all":
-        model = nn.Sequential(OrderedDict(trunk=trunk, **dict(model.named_children())))
+        kind = nn.Sequential
+        if args.precision == "bfloat16":
+            kind = MixedPrecision
+        model = kind(OrderedDict(trunk=trunk, **dict(model.named_children())))
     layers = [name for name, _ in model.named_modules() if name]
     if args.layer not in layers:
         raise ValueError(f"--layer: the layers are {', '.join(layers)}")
     return trunk, model
 
 
-def cached_splits(args, trunk: nn.Module, splits: dict, share: tuple[int, int] = (0, 1)) -> dict:
+def cached_splits(
+    args: argparse.Namespace, trunk: nn.Module, splits: dict, rank: int = 0, world_size: int = 1
+) -> dict:
     """The splits with the trunk's features for images, from --cache-dir or computed."""
-    folder, result = Path(args.cache_dir or Path(args.data_dir, "features"), args.arch), {}
+    folder = Path(args.cache_dir or Path(args.data_dir, "features"), args.arch)
     options = {key: vars(args)[key] for key in ("device", "batch_size", "workers")}
-    options |= {"bfloat16": args.precision == "bfloat16", "size": args.image_size, "share": share}
+    options |= {"bfloat16": args.precision == "bfloat16", "compiled": args.compile}
+    options |= {"size": args.image_size, "rank": rank, "world_size": world_size}
+    advice = (
+        "this takes days; on this machine try --dataset cifar10 --arch vit_tiny, or "
+        "--dataset imagenet --arch convnextv2_atto --image-size 224, or less with --limit"
+    )
+    result = {}
     for split, (images, y) in splits.items():
-        show = partial(show_progress, desc=f"trunk, {split} split, 2048 images a step")
-        result[split] = trunk_features(trunk, images, folder, progress=show, **options), y
+        reports = {}
+
+        def progress(phase, done, total, split=split, reports=reports):
+            if phase not in reports:  # 0.3 s an image are 20 s for a batch of 64
+                title = f"trunk, {split} split, {phase}"
+                reports[phase] = progress_line(title, "images", first=0.3, advice=advice)
+            reports[phase](done, total)
+
+        result[split] = trunk_features(trunk, images, folder, progress=progress, **options), y
     return result
 
 
 def run(args: argparse.Namespace, states: dict) -> None:
     """Every seed, from where `states` stand: prints the table, fills the folder. Processes of
     torchrun share the trunk pass; what is behind it is small, and the first does it alone."""
-    rank, world = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))  # of torchrun
+    rank, world_size = place_in_torchrun()
     if args.arch in ("mlp", "cnn") and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the threads of small networks mostly wait for each other
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    if world > 1:  # one may wait for another for as long as a trunk pass takes
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    barrier = partial(dist.monitored_barrier, timeout=timedelta(days=1))  # a trunk pass may be long
+    if world_size > 1:
+        with one_sentence("not all processes have come", "start them with torchrun"):
+            dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     if rank > 0:
-        dist.barrier()  # until the first process has downloaded everything
+        barrier()  # until the first process has downloaded everything
     splits, names = load_data(args.dataset, args.data_dir, args.limit)
     labels_crc = zlib.crc32(torch.cat([y for _, y in splits.values()]).numpy())
     args.labels_crc = getattr(args, "labels_crc", labels_crc)  # of the run that is resumed
     if args.labels_crc != labels_crc:
         raise ValueError(f"--resume: the images' classes in {args.data_dir} are not the run's")
     trunk, model = build(args, len(names), args.seeds[0])
-    if world > 1:
+    if world_size > 1:
         if rank == 0:
-            dist.barrier()
+            barrier()
         if args.tune == "last":
-            cached_splits(args, trunk, splits, share=(rank, world))
-        dist.barrier()  # now all files are there
+            cached_splits(args, trunk, splits, rank, world_size)
+        barrier()  # now all files are there
         if rank > 0:
             return
     images, y_test = splits["test"]
@@ -1123,14 +1645,14 @@ def run(args: argparse.Namespace, states: dict) -> None:
     if args.device != "cuda" or splits["train"][0].nbytes < torch.cuda.mem_get_info()[0] / 8:
         splits = {key: (x.to(args.device), y.to(args.device)) for key, (x, y) in splits.items()}
 
-    fit_options = {key: vars(args)[key] for key in ("aux_loss", "epochs", "batch_size", "lr")}
+    fit_keys = ("aux_loss", "epochs", "batch_size", "lr", "optimizer")
+    fit_options = {key: vars(args)[key] for key in fit_keys}
     if args.tune == "all" and args.augment == "flip-crop":
         flip_crop = [v2.RandomHorizontalFlip(), v2.RandomCrop(images.shape[-2:], padding=4)]
         fit_options["augment"] = v2.Compose(flip_crop)
     sae_options = {"l1": args.l1, "epochs": args.sae_epochs, "min_steps": args.sae_min_steps}
-    sae_options["bfloat16"] = args.precision == "bfloat16"
     rows = [row for state in states.values() for row in state["rows"]]
-    print(table(rows), flush=True)
+    print_whole(table(rows))
     for seed in args.seeds:
         if args.tune == "all":
             _, model = build(args, len(names), seed)
@@ -1138,33 +1660,52 @@ def run(args: argparse.Namespace, states: dict) -> None:
             model.to(args.device), args.layer, **splits, d_sae=args.d_sae, sae_k=args.sae_k,
             top_k=args.top_k, weight=args.aux_weight, cycles=args.cycles,
             arms={arm: ARMS[arm] for arm in args.arms}, baseline_epochs=args.baseline_epochs,
-            fit_options=fit_options, sae_options=sae_options, seed=seed, state=states.get(seed),
-            progress=show_progress,
+            restart=args.restart, fit_options=fit_options, sae_options=sae_options, seed=seed,
+            state=states.get(seed), progress=show_progress,
         ):  # fmt: skip
             states[seed] = state
             rows.append(state["rows"][-1])
-            print(ROW.format(**rows[-1]), flush=True)
-            save_run(folder, vars(args), states)
-    print(summary(rows))
-    codes, panels, state = {}, {}, states[args.seeds[0]]
-    scores = {row["arm"]: row["silhouette"] for row in state["rows"]}  # each arm's last
-    for arm, score in scores.items():
+            save_run(folder, vars(args), states)  # before a word of it
+            print_whole(table(rows[-1:], heading=False))
+    if means := summary(rows):
+        print_whole(table(means))
+    draw_run(folder, args, model, states[args.seeds[0]], splits["test"][0], y_test, names, images)
+
+
+def draw_run(folder, args, model, state, x, y, names, images) -> None:
+    """The two pictures of a run, from the last networks of its first seed and the test images."""
+    codes, panels, titles = {}, {}, {}
+    for row in state["rows"]:  # an arm's last row has the last word
+        titles[row["arm"]] = (
+            f"{row['arm']}, cycle {row['cycle']}: silhouette of z {row['silhouette']:.3f}"
+        )
+    for arm, title in titles.items():
         net, sae = restore(model, state, arm)
-        h, _ = activations(net, args.layer, splits["test"][0])
-        codes[arm] = panels[f"{arm}: silhouette {score:.3f}"] = sae.encode(h).cpu()
-    draw_clusters(folder / "clusters.png", panels, y_test, names)
-    z = codes.get(args.arms[0], codes["baseline"])
-    draw_features(folder / "features.png", z, y_test, names, images, args.image_size)
+        h, _ = activations(net, args.layer, x)
+        codes[arm] = panels[title] = sae.encode(h).cpu()
+    draw_clusters(folder / "clusters.png", panels, y, names)
+    arm = args.arms[0] if args.arms[0] in codes else "baseline"
+    title = f"seed {state['rows'][0]['seed']}, {titles[arm]}"
+    draw_features(folder / "features.png", title, codes[arm], y, names, images, args.image_size)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a bad argument, 1 another foreseen error, 130 interrupted."""
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")
     try:
         run(*parse_arguments(argv))
-    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"\nsaeception.py: error: {str(error) or 'interrupted'}", file=sys.stderr)
-        return {ValueError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-    return 0
+        return 0
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except torch.OutOfMemoryError:
+        status, message = 1, "the GPU's memory is full: lower --batch-size"
+    except ValueError as error:
+        status, message = 2, error
+    except (OSError, FloatingPointError) as error:
+        status, message = 1, error
+    print(f"\nsaeception.py: error: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
