@@ -1250,8 +1250,8 @@ def draw_clusters(path: Path, codes: dict[str, Tensor], y: Tensor, names: list[s
     draw = ImageDraw.Draw(canvas)
     for panel, (title, z) in enumerate(codes.items()):
         distance = torch.cdist(z[order], z[order])
-        # The mean distance is a middle grey in each panel, as the silhouette has no scale either.
-        grey = (distance / (2 * distance.mean())).clamp(0, 1)
+        # The mean distance is a light grey in each panel, as the silhouette has no scale either.
+        grey = (0.75 * distance / distance.mean()).clamp(0, 1)
         left = margin + (side + 20) * panel
         canvas.paste(Image.fromarray((255 * grey).byte().numpy()), (left, 40))
         draw.text((left, 10), title, fill="black", font_size=18)
