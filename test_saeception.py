@@ -24,6 +24,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.transforms import v2
@@ -53,11 +54,25 @@ X, Y = DATA = blobs()
 TARGETS = torch.rand(400, 8)
 
 
+def with_bad_rows(x):
+    """A copy of x whose rows 3 and 7 hold a nan and an infinity."""
+    x = x.clone()
+    x[3, 1], x[7, 0] = math.nan, -math.inf
+    return x
+
+
 def small_net(trained_on=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     if trained_on is not None:
         S.fit(model, "1", *trained_on, epochs=5)
+    return model
+
+
+def dead_net():
+    """Its layer "1" gives zeros for all."""
+    model = small_net()
+    model[0].bias.data -= 1e3
     return model
 
 
@@ -90,7 +105,8 @@ def final(model, train, test, layer="1", **more):
 
 
 def untimed(rows):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    """Rows that can be compared: without their seconds, and None for nan, which equals nothing."""
+    return [{k: S.finite_or_none(v) for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def rows_of(folder):
@@ -134,21 +150,79 @@ def test_sae_is_its_formula(k):
     assert_close(sae(X), (z @ sae.W_dec + sae.b_dec, z))
 
 
+def sae_by_hand(h, d_sae, k, l1, batch_size, seed):
+    """One epoch of `train_sae`, written out, and how many features no example of a batch used."""
+    sample = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))[:4096]]
+    scale = 1 / sample.square().mean().sqrt()  # the mean squared norm becomes d_in
+    torch.manual_seed(seed)
+    W_dec = F.normalize(torch.randn(d_sae, h.shape[1]), dim=1)
+    W_enc, b_dec, b_enc = W_dec.T.clone(), sample.mean(0) * scale, torch.zeros(d_sae)
+    if k is None:
+        b_enc = -1.28 * (sample * scale @ W_enc).std(0)
+    weights = [W_enc, b_enc, W_dec, b_dec]
+    first = [torch.zeros_like(w) for w in weights]  # Adam's two moments
+    second = [torch.zeros_like(w) for w in weights]
+    order = torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))
+    n_steps, n_unused = len(h) // batch_size, 0
+    for step in range(n_steps):
+        x = h[order[step * batch_size : (step + 1) * batch_size]] * scale
+        for w in weights:
+            w.grad = None
+            w.requires_grad_()
+        z = ((x - b_dec) @ W_enc + b_enc).relu()
+        if k is not None:
+            z = z.where(z >= z.sort(dim=1).values[:, -k, None], 0)
+        loss = ((z @ W_dec + b_dec - x) ** 2).sum(1).mean() + l1 * z.abs().sum(1).mean()
+        gradients = list(torch.autograd.grad(loss, weights))
+        for w in weights:
+            w.requires_grad_(False)
+        gradients[2] = gradients[2] - (gradients[2] * W_dec).sum(1, keepdim=True) * W_dec
+        rate = 0.006 * math.sqrt(256 / d_sae) * min(1, 5 * (1 - step / n_steps))
+        for w, g, m, v in zip(weights, gradients, first, second, strict=True):
+            m += 0.1 * (g - m)
+            v += 0.001 * (g**2 - v)
+            m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+            w -= rate * m_hat / (v_hat.sqrt() + 1e-8)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        unused = (z == 0).all(0)
+        n_unused += unused.sum()
+        b_enc += 0.1 * math.sqrt(h.shape[1]) * rate * unused
+    return {
+        "W_enc": W_enc,
+        "b_enc": b_enc / scale,
+        "W_dec": W_dec,
+        "b_dec": b_dec / scale,
+    }, n_unused
+
+
+def test_train_sae_is_its_recipe_step_by_step():
+    h = 3 * blobs(4200)[0]  # more than the sample of 4096
+    before = torch.get_rng_state()
+    sae = S.train_sae(h, 20, None, 0.3, epochs=1, min_steps=0, batch_size=300, seed=3)
+    assert torch.equal(before, torch.get_rng_state())  # the caller's random numbers go on
+    expected, n_unused = sae_by_hand(h, 20, None, 0.3, 300, seed=3)
+    assert n_unused > 0  # the rule that keeps features alive was needed
+    for name, value in sae.state_dict().items():
+        assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("k", [None, 3])
-def test_train_sae_reconstructs_repeatably_and_as_well_in_bfloat16(k):
+def test_train_sae_reconstructs_repeatably(k):
     h = blobs(1000)[0]
     train = functools.partial(S.train_sae, h, 32, k, l1=0.02, batch_size=128, min_steps=150, seed=3)
-    before = torch.get_rng_state()
-    sae, again, rough = train(), train(), train(bfloat16=True)
-    assert torch.equal(before, torch.get_rng_state())  # the caller's random numbers are left alone
-    assert same_parameters(sae, again) and not same_parameters(sae, rough)
+    sae = train()
+    assert same_parameters(sae, train())
     assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
     fires = sae.encode(h) > 0
     assert fvu(sae, h) < 0.1 and fires.sum(1).float().mean() <= (k or 25)
     assert fires.any(0).all()  # no feature is dead
-    assert fvu(rough, h) < 1.2 * fvu(sae, h) + 0.01 and rough.W_dec.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):  # of a caller, who may have one around everything
-        assert same_parameters(train(bfloat16=True), rough)
+        assert same_parameters(train(), sae)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert train().W_dec.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_min_steps_adds_epochs_where_rows_are_few_and_too_few_steps_warn(capsys):
@@ -175,9 +249,20 @@ def test_train_sae_takes_activations_of_any_kind_and_scale():
     assert all(p.grad is None for p in model.parameters())
     small, large = (S.train_sae(scale * h, 16, min_steps=50) for scale in (1, 1024))
     assert_close(large.encode(1024 * h), 1024 * small.encode(h), rtol=1e-2, atol=2)
-    for value in (0.0, 0.1, math.nan):
-        with pytest.raises(FloatingPointError, match="not finite .*, or h is the same for all"):
-            S.train_sae(torch.full((99, 4), value), 8, min_steps=5)
+
+
+@pytest.mark.parametrize("message, call", [
+    ("the same for all", lambda: S.train_sae(torch.zeros(99, 4), 8)),
+    ("the same for all", lambda: S.train_sae(torch.full((99, 4), 0.1), 8)),
+    ("2 of 400 rows of h are not finite", lambda: S.train_sae(with_bad_rows(X), 8)),
+    ("k = 33 active features of d_sae = 32", lambda: S.train_sae(X, 32, k=33)),
+    ("k = 0 active", lambda: S.train_sae(X, 32, k=0)),
+    ("400 examples in batches of 0", lambda: S.train_sae(X, 8, batch_size=0)),
+    ("not finite: lower its lr", lambda: S.train_sae(X, 8, lr=1e38, min_steps=5)),
+])  # fmt: skip
+def test_train_sae_refuses_what_makes_no_sae(message, call):
+    with pytest.raises((ValueError, FloatingPointError), match=message):
+        call()
 
 
 # === 2. Hook capture ===
@@ -189,11 +274,16 @@ def test_capture_of_vectors_tokens_maps_and_nothing_else():
     vectors, tokens, maps = (torch.randn(shape, requires_grad=True) for shape in shapes)
     for t, h in ((vectors, vectors), (tokens, tokens[:, 0]), (maps, maps.mean((2, 3)))):
         with S.capture(identity) as seen:
+            assert seen.h is None
             identity(t)
         assert_close(seen.h, h)
         assert seen.h.requires_grad
-    for layer, shape in ((lstm, (2, 5, 3)), (norm, (2, 4, 4, 3))):  # the latter: channels last
-        with pytest.raises(ValueError, match="none of"), S.capture(layer) as seen:
+    for layer, shape, message in (
+        (lstm, (2, 5, 3), "LSTM gives a tuple: take a layer inside"),
+        (norm, (2, 4, 4, 3), r"channels last, \[2, 4, 4, 3\]: take a layer behind the pooling"),
+        (identity, (4,), r"Identity gives \[4\], not \[B, D\]"),
+    ):
+        with pytest.raises(ValueError, match=message), S.capture(layer) as seen:
             layer(torch.randn(shape))
         assert seen.h is None and not layer._forward_hooks  # no hook is left behind
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
@@ -210,31 +300,84 @@ def test_activations_in_chunks_of_named_layers_and_what_cannot_be_watched():
     dropping = nn.Sequential(model, nn.Dropout()).train()
     assert_close(S.activations(dropping, "1", X)[0], model(X))  # in eval mode
     unused[1].more = nn.ReLU()
-    pair.register_forward_hook(lambda module, inputs, logits: (logits, 1))  # returns no tensor
+    pair.register_forward_hook(lambda module, inputs, logits: (logits, 1))
     compiled = torch.compile(small_net().eval(), backend="eager")
     with torch.no_grad():
         compiled(X[:128])  # a chunk; from now on it does not look for new hooks
-    for model, layer in ((unused, "1.more"), (pair, "1"), (compiled, "_orig_mod.1")):
-        with pytest.raises(ValueError, match=f"no row per example from '{layer}' .compiled"):
-            S.activations(model, layer, X)
+    for bad, layer, message in (
+        (unused, "1.more", "'1.more' did not run for a batch .skipped, or compiled"),
+        (compiled, "_orig_mod.1", "'_orig_mod.1' did not run"),
+        (pair, "1", "the model gives a tuple: wrap it to give its logits"),
+        (
+            nn.Sequential(model, nn.Flatten(0)),
+            "0",
+            r"the model gives \[512\], not \[128, n_classes",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            S.activations(bad, layer, X)
+
+
+class EarlyExit(nn.Module):
+    """Runs its second layer only for batches whose first number is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.first(x)
+        if x[0, 0] > 0:
+            h = self.second(h)
+        return h
+
+
+def test_a_layer_that_is_skipped_for_a_batch_gives_no_rows_of_an_earlier_one():
+    model, x = EarlyExit(), X.clone()
+    x[256:, 0] = -1  # chunk 3 of 128
+    with pytest.raises(ValueError, match="'second' did not run for a batch"):
+        S.activations(model, "second", x)
+    x[:, 0] = 1
+    targets = S.activations(model, "second", x)[0]
+    with pytest.raises(ValueError, match="'second' did not run for a batch"):
+        S.fit(model, "second", x, Y, targets, augment=lambda row: -row)
+
+
+def test_models_that_work_in_place_leave_the_callers_inputs_alone():
+    model = nn.Sequential(v2.Normalize([0.5] * 3, [0.2] * 3, inplace=True), nn.ReLU(inplace=True))
+    model.extend([nn.Flatten(), nn.Linear(12, 4)])
+    x = torch.rand(400, 3, 2, 2)
+    before = x.clone()
+    options = {"cycles": 1, "arms": {"control": None, "class-mean": S.ARMS["class-mean"]}}
+    final(model, (x, Y), (x, Y), layer="3", **options)
+    assert torch.equal(x, before)
+
+
+def test_models_without_parameters_have_activations():
+    h, logits = S.activations(nn.Sequential(nn.Identity(), nn.Softmax(1)), "0", X)
+    assert torch.equal(h, X) and torch.equal(logits, X.softmax(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_models_in_other_precision(dtype):
-    data, model = (X.to(dtype), Y), small_net().to(dtype)
+@pytest.mark.parametrize("data", [DATA, (X.double(), Y), (X.half(), Y)])
+def test_a_model_of_any_float_type_takes_inputs_of_any(dtype, data):
+    model = small_net().to(dtype)
     S.fit(model, "1", *data, epochs=20, lr=1e-2)
     assert all(t.dtype == dtype for t in S.activations(model, "1", data[0]))
-    for row in final(model, data, data)["rows"]:
-        assert row["accuracy"] > 0.9 and all(math.isfinite(v) for v in list(row.values())[3:])
+    for row in final(model, data, data, cycles=1)["rows"]:
+        assert row["accuracy"] > 0.9 and all(math.isfinite(v) for v in list(row.values())[5:])
 
 
 # === 3. Feature sharpening ===
 
 
-@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8])
+LABEL_TYPES = [torch.int64, torch.int32, torch.uint8, torch.uint16, torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", LABEL_TYPES)
 def test_class_top_k_and_sharpen_by_hand(kind):
     z = torch.tensor([[5.0, 0, 1, 0], [1, 0, 3, 0], [0, 2, 0, 0], [0, 4, 1, 1]])
-    y = torch.tensor([0, 0, 2, 2], dtype=kind)  # class 1 has no examples
+    y = torch.tensor([0, 0, 2, 2]).to(kind)  # class 1 has no examples
     means = torch.tensor([[3, 0, 2, 0], [0, 0, 0, 0], [0, 3, 0.5, 0.5]])
     assert torch.equal(S.class_mean(z, y, 3), means)
     assert torch.equal(S.ARMS["class-mean"](None, z, y, 3, 1), means[[0, 0, 2, 2]])
@@ -245,7 +388,35 @@ def test_class_top_k_and_sharpen_by_hand(kind):
     # A class never keeps what it never uses, even where k leaves room.
     assert S.class_top_k(z, y, 3, 4).tolist()[0] == [True, False, True, False]
     many = torch.full((1_300_000, 1), 3.0).half()  # their sum does not fit into half precision
-    assert S.class_mean(many, torch.zeros(len(many), dtype=kind), 1).item() == 3
+    assert S.class_mean(many, torch.zeros(len(many)).to(kind), 1).item() == 3
+
+
+def test_labels_of_each_kind_are_the_same_numbers_and_others_are_refused():
+    other = (Y + torch.arange(400) // 300) % 4
+    expected = S.adjusted_rand_score(other, Y), S.silhouette_score(X, Y)
+    for kind in LABEL_TYPES:
+        y = Y.to(kind)
+        assert torch.equal(S.class_numbers(y[:, None], 4), Y)
+        assert (S.adjusted_rand_score(other, y), S.silhouette_score(X, y)) == expected
+        assert untimed(final(small_net(), (X, y[:, None]), (X, y), cycles=0)["rows"]) == untimed(
+            final(small_net(), DATA, DATA, cycles=0)["rows"]
+        )
+    for bad, message in ((Y + 0.5, "whole number"), (Y[:, None] + Y[:4], "one whole number")):
+        with pytest.raises(ValueError, match=message):
+            S.class_numbers(bad)
+    for bad in (Y + 1, Y - 1):
+        with pytest.raises(ValueError, match="labels from .* but 4 classes, from 0 on"):
+            S.class_mean(X, bad, 4)
+
+
+def test_rows_that_are_not_finite_make_no_targets_and_no_number_of_classes():
+    sae, bad = S.train_sae(X, 16, min_steps=0, epochs=1), with_bad_rows(X)
+    for arm in ("sae-ception", "unsharpened", "class-mean"):
+        with pytest.raises(ValueError, match="2 of 400 rows of h are not finite"):
+            S.ARMS[arm](sae, bad, Y, 4, 5)
+    for top_k in (0, 17):
+        with pytest.raises(ValueError, match=f"top_k = {top_k} of d_sae = 16 features"):
+            S.sharpened_targets(sae, X, Y, 4, top_k)
 
 
 def test_targets_belong_to_their_images():
@@ -276,13 +447,71 @@ def test_fit_is_its_formula_and_the_weight_falls_to_zero(aux_loss, shift):
         aux = (h - targets).square().mean() / variance  # it trains what is below h, and no head
         if aux_loss == "cosine":
             aux = (1 - (h * targets).sum(1) / h.norm(dim=1) / targets.norm(dim=1)).mean()
-        loss = F.cross_entropy(plain[2](h), y) + 0.8 * (1 - step / 5) * aux
+        task = F.cross_entropy(plain[2](h), y)
+        loss = task + 0.8 * (1 - step / 5) * aux
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     augment = (lambda row: row + shift) if shift else None
-    S.fit(model, "1", x, y.int(), targets, 0.8, aux_loss, epochs=5, lr=1e-2, augment=augment)
+    before = torch.get_rng_state()
+    losses = S.fit(model, "1", x, y, targets, 0.8, aux_loss, epochs=5, lr=1e-2, augment=augment)
+    assert torch.equal(before, torch.get_rng_state())  # the caller's random numbers go on
     assert_close([*model.parameters()], [*plain.parameters()], rtol=1e-4, atol=1e-5)
+    assert losses == pytest.approx((task.item(), aux.item()), rel=1e-4)  # of the last epoch
+
+
+def test_fit_with_sgd_is_the_papers():
+    (x, y), model, plain = blobs(64), small_net(), small_net()
+    velocity = [torch.zeros_like(p) for p in plain.parameters()]
+    for _ in range(3):
+        loss = F.cross_entropy(plain(100 * x), y)
+        gradients = torch.autograd.grad(loss, [*plain.parameters()])
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        assert norm > 1  # it is clipped
+        for p, g, v in zip(plain.parameters(), gradients, velocity, strict=True):
+            v.mul_(0.9).add_(g / norm + 0.05 * p.detach())
+            p.data -= 0.1 * v
+    task, aux = S.fit(model, "1", 100 * x, y, epochs=3, lr=0.1, optimizer="sgd")
+    assert_close([*model.parameters()], [*plain.parameters()], rtol=1e-4, atol=1e-4)
+    assert task == pytest.approx(loss.item(), rel=1e-4) and math.isnan(aux)
+
+
+def test_fit_returns_the_means_of_its_last_epoch():
+    def fit(epochs, lr):
+        return S.fit(small_net(DATA), "1", X, Y, TARGETS, epochs=epochs, lr=lr, batch_size=100)
+
+    h, logits = S.activations(small_net(DATA), "1", X)
+    variance = h.var(0).mean()
+    expected = F.cross_entropy(logits, Y), (h - TARGETS).square().mean() / variance
+    assert fit(2, 0.0) == pytest.approx([value.item() for value in expected], rel=1e-4)
+    (_, aux), (_, later_aux) = fit(1, 1e-2), fit(5, 1e-2)
+    assert later_aux < aux  # h follows its target
+
+
+def test_what_is_frozen_stays_as_it_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model)
+    S.fit(model, "1", 3 * X + 5, Y)
+    assert torch.equal(model[0].running_mean, before[0].running_mean)
+    assert not torch.equal(model[2].running_mean, before[2].running_mean)
+    assert not model.training and not model[2].training
+
+
+def test_a_layer_in_a_reentrant_checkpoint_is_not_said_to_be_untrained():
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.first, self.rest, self.reentrant = nn.Linear(6, 8), small_net()[1:], reentrant
+
+        def forward(self, x):
+            h = self.first(x)
+            return checkpoint(self.rest, h, use_reentrant=self.reentrant)
+
+    S.fit(Checkpointed(False), "rest.1", X, Y, TARGETS)
+    with pytest.raises(ValueError, match="no gradient reaches h: .* or in a reentrant checkpoint"):
+        S.fit(Checkpointed(True), "rest.1", X, Y, TARGETS)
 
 
 # === 5. Metrics, against slow and plain definitions in float64 ===
@@ -322,6 +551,10 @@ def test_cluster_metrics():
         "close clusters and one far point": (torch.cat([far, 10 * separate[1:]]), y),
         "half": (x.half(), y), "bfloat16": (x.bfloat16(), y), "double": (x.double(), y.int()),
         "times": ((100 * x).long() + 1_700_000_000, y),  # seconds since 1970, as whole numbers
+        "one row times 1e10": (torch.cat([1e10 * x[:1], x[1:]]), y),
+        "one row times 1e12, in double": (torch.cat([1e12 * x[:1], x[1:]]).double(), y),
+        "tight classes far apart": (x / 100 + 1e6 * torch.randn(5, 8).round()[y], y),
+        "the same in double": (x.double() + 1e9 * torch.randn(5, 8)[y], y),
     }  # fmt: skip
     for case, (points, labels) in cases.items():
         before = points.clone()
@@ -394,7 +627,13 @@ def test_uncertainty_and_class_selectivity():
     z[:, 0], z[:, 1], z[:, 2] = -1, 1, (y == 4).float()  # never, always, exactly one class
     assert S.uncertainty_coefficient(z, y) == pytest.approx(naive_uncertainty(z > 0, y), rel=1e-5)
     assert S.class_selectivity_index(z, y) == pytest.approx(naive_selectivity(z, y), rel=1e-5)
-    assert S.uncertainty_coefficient(z[:, :2], y) == S.class_selectivity_index(z[:, :2], y) == 0
+    for score in (S.uncertainty_coefficient, S.class_selectivity_index):
+        assert math.isnan(score(z[:, :1], y))  # of features that never fire nothing can be said
+        bad = z.clone()
+        bad[7, 3] = math.inf
+        assert math.isnan(score(bad, y))
+    assert math.isnan(S.uncertainty_coefficient(z[:, 1:2], y))  # fires always
+    assert S.class_selectivity_index(z[:, :2], y) == 0
     assert S.uncertainty_coefficient(z[:, 2:3], y) == pytest.approx(1)
     assert S.class_selectivity_index(z[:, 2:3], y) == 1
 
@@ -445,7 +684,7 @@ def test_an_arm_of_ones_own_pulls_h_to_its_targets_from_cycle_to_cycle():
     final(model, DATA, DATA, arms={"zero": rule}, weight=5.0, fit_options={"epochs": 20})
     (_, h, y, *numbers), (_, later_h, *_) = (call.args for call in rule.call_args_list)
     assert_close(h, S.activations(model, "1", X)[0])
-    assert torch.equal(y, Y) and numbers == [4, 4]
+    assert torch.equal(y, Y) and numbers == [4, 4]  # classes, top_k
     assert later_h.norm() < 0.8 * h.norm()
 
 
@@ -456,27 +695,99 @@ def test_states_do_not_change_and_are_saved_to_go_on(tmp_path):
     torch.save(states[3], tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)  # it is plain data
     rows = final(small_net(), DATA, DATA, state=state)["rows"]
-    assert rows[:4] == states[3]["rows"]  # they are not done again
+    seconds = [row["seconds"] for row in rows]
+    assert seconds[:4] == [row["seconds"] for row in states[3]["rows"]]  # they are not done again
     assert untimed(rows) == untimed(states[-1]["rows"])
     rows = final(small_net(), DATA, DATA, state=state, sae_k=4, cycles=3)["rows"]
     assert all(row["l0"] <= 4 for row in rows[4:])  # each SAE keeps its own k
 
 
+def never(*arguments, **options):
+    raise AssertionError("this trains before it has looked at its arguments")
+
+
 @pytest.mark.parametrize("message, call", [
     ("'l2' is neither", lambda: S.fit(small_net(), "1", X, Y, TARGETS, aux_loss="l2")),
+    ("'lion' is neither", lambda: S.fit(small_net(), "1", X, Y, optimizer="lion")),
     ("have to be .400, 8., as h", lambda: S.fit(small_net(), "1", X, Y, TARGETS[:, :1])),
     ("400 inputs, but 399", lambda: S.fit(small_net(), "1", X, Y[1:])),
-    ("nothing that", lambda: S.fit(small_net().requires_grad_(False), "1", X, Y, TARGETS)),
+    ("no gradient", lambda: S.fit(small_net().requires_grad_(False), "1", X, Y, TARGETS)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, lr=1e38)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X * math.nan, Y)),
-    ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, TARGETS * math.nan)),
+    ("2 of 400 rows of the targets are not finite",
+     lambda: S.fit(small_net(), "1", X, Y, with_bad_rows(TARGETS))),
+    ("2 of 400 rows of h are not", lambda: S.fit(small_net(), "1", with_bad_rows(X), Y, TARGETS)),
+    ("h of layer '1' is the same for all", lambda: S.fit(dead_net(), "1", X, Y, TARGETS)),
     ("cannot be called baseline", lambda: final(small_net(), DATA, DATA, arms={"baseline": None})),
+    ("top_k = 25 of d_sae = 16", lambda: final(small_net(), DATA, DATA, top_k=25)),
+    ("sae_k = 17 active", lambda: final(small_net(), DATA, DATA, sae_k=17)),
+    ("labels from 1 to 4, but 4", lambda: final(small_net(), (X, Y + 1), DATA)),
+    ("labels from 1 to 4, but 4", lambda: final(small_net(), DATA, (X, Y + 1))),
+    ("400 inputs, but 399", lambda: final(small_net(), DATA, (X, Y[1:]))),
     ("400 points with 1 different", lambda: S.silhouette_score(X, Y * 0)),
     ("400 points with 400 different", lambda: S.davies_bouldin_score(X, torch.arange(400))),
 ])  # fmt: skip
-def test_what_does_not_fit_is_refused(message, call):
+def test_what_does_not_fit_is_refused(message, call, monkeypatch):
+    if "diverged" not in message:
+        monkeypatch.setattr(torch.optim.Adam, "step", never)
     with pytest.raises((ValueError, FloatingPointError), match=message):
         call()
+
+
+def test_an_error_names_its_stage():
+    def rule(sae, h, *others):
+        return with_bad_rows(h)
+
+    model = small_net(DATA)
+    with pytest.raises(ValueError, match="^seed 0 cycle 1 own: 2 of 400 rows of the targets"):
+        final(model, DATA, DATA, arms={"own": rule})
+    with pytest.raises(FloatingPointError, match="^seed 0 cycle 1 control: the loss diverged"):
+        final(model, DATA, DATA, fit_options={"lr": 1e38}, arms={"control": None})
+
+
+def test_the_method_separates_classes_more_than_the_same_training_without_it():
+    x, y = blobs(1600)
+    x = x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    train, test = (x[:1200], y[:1200]), (x[1200:], y[1200:])
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 4)
+    )
+    S.fit(model, "3", *train, epochs=10, lr=3e-3)
+    options = {"d_sae": 128, "top_k": 10, "fit_options": {"epochs": 5, "lr": 3e-3}}
+    options["sae_options"] = {"epochs": 1, "min_steps": 200}
+    for seed in (0, 1):
+        *_, ours, control = final(model, train, test, layer="3", seed=seed, **options)["rows"]
+        assert (ours["arm"], control["arm"]) == ("sae-ception", "control")
+        assert ours["h_silhouette"] > control["h_silhouette"] + 0.03  # found: .05
+        assert ours["h_davies_bouldin"] < control["h_davies_bouldin"] - 0.07  # found: .11
+        assert ours["accuracy"] > control["accuracy"] - 0.02  # 400 points: 8 of them
+        assert ours["aux_loss"] > 0 and math.isnan(control["aux_loss"])
+
+
+def test_restart_trains_the_first_weights_anew_towards_targets_of_the_trained_ones(monkeypatch):
+    model, starts, targets = small_net(), [], []
+    fit = S.fit
+
+    def spy(net, layer, x, y, target, *others, **options):
+        starts.append(copy.deepcopy(net))
+        targets.append((target, options.get("variance")))
+        return fit(net, layer, x, y, target, *others, **options)
+
+    monkeypatch.setattr(S, "fit", spy)
+    options = {"arms": {"sae-ception": S.ARMS["sae-ception"], "control": None}, "restart": True}
+    states = list(S.saeception(model, "1", DATA, DATA, **OPTIONS | options, baseline_epochs=3))
+    assert all(same_parameters(start, model) for start in starts) and len(starts) == 5
+    for before, (target, variance) in ((states[0], targets[1]), (states[1], targets[3])):
+        arm = before["rows"][-1]["arm"]
+        net, sae = S.restore(model, before, arm)
+        h, _ = S.activations(net, "1", X)
+        assert_close(target, S.sharpened_targets(sae, h, Y, 4, 4))
+        assert variance == pytest.approx(h.var(0).mean().item())
+    assert targets[2][0] is None and targets[4][0] is None
+    state = states[2]
+    rows = final(model, DATA, DATA, **options, baseline_epochs=3, state=state)["rows"]
+    assert untimed(rows) == untimed(states[-1]["rows"])  # a resumed run restarts, too
 
 
 # === 7. Networks, against torchvision's forward ===
