@@ -1149,7 +1149,8 @@ def trunk_features(
     if compiled:
         run = partial(run_compiled, torch.compile(trunk), batch_size)
     n_images, n_done, parts = sum(map(len, index_batches)), 0, []
-    progress("done", 0, n_images)
+    if missing:
+        progress("done", 0, n_images)
     for batch, pixels in zip(index_batches, pixel_batches, strict=True):
         if device == "cuda":
             pixels = pixels.pin_memory()  # else the copy would wait for the batch before
@@ -1336,7 +1337,8 @@ def progress_line(title: str, unit: str, first: float, advice: str = "") -> Call
         interval = 60
         if sys.stderr.isatty():
             interval = 0.2
-        if done < total and (done == 0 or now - start < first or now - shown < interval):
+        early = now - start < first or now - shown < interval
+        if done == 0 or (done < total and early):
             return
         shown = now
         rate = done / (now - start)
@@ -1426,7 +1428,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable:
     def convert(text: str) -> int | float:
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} has to be at least {low} and at most {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
         return value
 
     convert.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
