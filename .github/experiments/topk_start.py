@@ -13,7 +13,7 @@ that was stopped goes on.
 
 import argparse
 import math
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import report
@@ -124,6 +124,27 @@ def layer_of(args, name: str) -> tuple:
     return h, held_out, d_sae, k
 
 
+def makers_of(what: str, h, d_sae: int, k: int) -> dict:
+    """By name, functions of (steps, seed) that train an SAE on h."""
+    if what == "variants":
+        return {
+            name: partial(train, h, d_sae, k, **options)
+            for name, options in variants(h.shape[1]).items()
+        }
+
+    def lens(steps, seed, lr):
+        return sae_lens(h, d_sae, k, 0.0, math.ceil(steps / (len(h) // 256)), lr=lr, seed=seed)
+
+    def ours(steps, seed):
+        return S.train_sae(h, d_sae, k, epochs=1, min_steps=steps, seed=seed)
+
+    return {
+        "SAELens, learning rate 1e-3": partial(lens, lr=1e-3),
+        "SAELens, learning rate 1e-2": partial(lens, lr=1e-2),
+        "train_sae": ours,
+    }
+
+
 def score(sae, h) -> dict:
     with torch.no_grad():
         z = sae.encode(h)
@@ -169,31 +190,15 @@ def main():
     shown = set()
     for name in args.layers:
         h, held_out, d_sae, k = layer_of(args, name)
-        if args.what == "variants":
-            makers = {
-                variant: lambda steps, seed, options=options: train(
-                    h, d_sae, k, steps, seed, **options
-                )
-                for variant, options in variants(h.shape[1]).items()
-            }
-        else:
-            per_epoch = len(h) // 256
-            makers = {
-                f"SAELens, learning rate {lr:g}": lambda steps, seed, lr=lr: sae_lens(
-                    h, d_sae, k, 0.0, math.ceil(steps / per_epoch), lr=lr, seed=seed
-                )
-                for lr in (1e-3, 1e-2)
-            }
-            makers["train_sae"] = lambda steps, seed: S.train_sae(
-                h, d_sae, k, epochs=1, min_steps=steps, seed=seed
-            )
+        makers = makers_of(args.what, h, d_sae, k)
         shown |= makers.keys()
         for variant, make in makers.items():
             for steps in args.steps:
                 for seed in args.seeds:
                     if (variant, name, steps, seed) not in done:
                         row = {"variant": variant, "layer": name, "steps": steps, "seed": seed}
-                        report.keep(PATH, row | score(make(steps, seed), held_out))
+                        sae = make(steps=steps, seed=seed)
+                        report.keep(PATH, row | score(sae, held_out))
                         print(row, flush=True)
     rows = [row for row in report.rows_of(PATH) if row["variant"] in shown]
     rows = [row for row in rows if row["seed"] in args.seeds and row["layer"] in args.layers]
@@ -201,5 +206,4 @@ def main():
 
 
 if __name__ == "__main__":
-    Path("runs").mkdir(exist_ok=True)
     main()
