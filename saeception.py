@@ -27,6 +27,7 @@ import re
 import secrets
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zlib
@@ -1043,6 +1044,19 @@ class Photos(Dataset):
             return error
 
 
+def end_with_parent(worker: int) -> None:
+    """Ends this process soon after the one that started it has been killed; else it would wait for
+    ever to hand over its photos."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def photo_batches(
     paths: np.ndarray, size: int, index_batches: list, workers: int
 ) -> Iterator[Tensor]:
@@ -1052,8 +1066,9 @@ def photo_batches(
     # As lists of arrays they come through pipes. Tensors would need shared memory, of which a
     # container has 64 MB: two batches.
     loader = DataLoader(
-        Photos(paths, size), batch_sampler=index_batches, num_workers=workers, collate_fn=list
-    )
+        Photos(paths, size), batch_sampler=index_batches, num_workers=workers, collate_fn=list,
+        worker_init_fn=end_with_parent,
+    )  # fmt: skip
     for photos in loader:
         for photo in photos:
             if isinstance(photo, OSError):
@@ -1195,7 +1210,7 @@ COLUMNS = [  # of the table: key of a row, heading, width, digits behind the poi
     ("h_silhouette", "silh. h", 8, 3),
     ("h_uncertainty", "U h", 6, 3),
     ("l0", "L0", 6, 1),
-    ("fvu", "FVU", 6, 3),
+    ("fvu", "FVU", 7, 3),
     ("seconds", "seconds", 8, 0),
 ]
 
