@@ -231,9 +231,10 @@ def test_train_sae_reconstructs_repeatably(k):
 
 
 def test_min_steps_adds_epochs_where_rows_are_few_and_too_few_steps_warn(capsys):
-    for epochs, min_steps, expected in ((1, 50, 50), (1, 0, 1), (7, 3, 7)):
+    for epochs, min_steps, expected in ((1, 50, 52), (1, 0, 4), (7, 3, 28)):  # 4 in an epoch
         progress = Mock(side_effect=iter)
-        S.train_sae(X, 8, epochs=epochs, min_steps=min_steps, progress=progress)
+        options = {"epochs": epochs, "min_steps": min_steps, "batch_size": 99}
+        S.train_sae(X, 8, progress=progress, **options)
         assert len(progress.call_args.args[0]) == expected
     assert fvu(S.train_sae(X, 24), X) < 0.5  # by default few rows are enough
     capsys.readouterr()
