@@ -38,6 +38,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -975,7 +976,7 @@ def find_photos(folder: Path) -> tuple[np.ndarray, Tensor, list[str]]:
     numbers = {name: number for number, name in enumerate(names)}
     samples = make_dataset(str(folder), numbers, is_valid_file=is_photo)
     if left_out:
-        print(f"{folder}: {len(left_out)} files left out, as {left_out[0]}", file=sys.stderr)
+        print_whole(f"{folder}: {len(left_out)} files left out, as {left_out[0]}", sys.stderr)
     paths = np.array([path for path, _ in samples], dtype=object)
     return paths, torch.tensor([number for _, number in samples]), names
 
@@ -1016,12 +1017,15 @@ def read_photo(path: str | Path, size: int) -> Tensor:
     """The photo, upright: uint8 [3, size, size]. As for the official ConvNeXt-V2 checkpoints, below
     384 pixels the middle 7/8 of the shorter side is taken, from there on the whole image is warped.
     OSError names a photo that cannot be read."""
-    with one_sentence(f"cannot read the image {path}", "mend or replace it"):
+    with (
+        one_sentence(f"cannot read the image {path}", "mend or replace it"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # EXIF data that are damaged turn nothing
         photo = Image.open(path)
         if photo.mode[0] in "IF":
             raise ValueError("its values do not fit into 8 bits")
-        with contextlib.suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # EXIF data that are damaged turn nothing
+        with contextlib.suppress(Exception):
             photo = ImageOps.exif_transpose(photo)
         photo = photo.convert("RGB")
     if size < 384:
@@ -1065,6 +1069,7 @@ def photo_batches(
     with 16 processes, on 16 cores). OSError names a photo that cannot be read."""
     # As lists of arrays they come through pipes. Tensors would need shared memory, of which a
     # container has 64 MB: two batches.
+    workers = min(workers, len(index_batches))  # none where all features are there
     loader = DataLoader(
         Photos(paths, size), batch_sampler=index_batches, num_workers=workers, collate_fn=list,
         worker_init_fn=end_with_parent,
@@ -1168,9 +1173,9 @@ def trunk_features(
     if compiled:
         run = partial(run_compiled, torch.compile(trunk), batch_size)
     n_images, n_done, parts = sum(map(len, index_batches)), 0, []
-    if missing:
-        progress("done", 0, n_images)
     for batch, pixels in zip(index_batches, pixel_batches, strict=True):
+        if n_done == 0:  # now, as the start of the processes says nothing about the rate
+            progress("done", 0, n_images)
         if device == "cuda":
             pixels = pixels.pin_memory()  # else the copy would wait for the batch before
         pixels = pixels.to(device, non_blocking=True)
@@ -1208,7 +1213,7 @@ COLUMNS = [  # of the table: key of a row, heading, width, digits behind the poi
     ("silhouette", "silh. z", 8, 3),
     ("davies_bouldin", "DB z", 7, 3),
     ("h_silhouette", "silh. h", 8, 3),
-    ("h_uncertainty", "U h", 6, 3),
+    ("h_uncertainty", "U h", 7, 3),
     ("l0", "L0", 6, 1),
     ("fvu", "FVU", 7, 3),
     ("seconds", "seconds", 8, 0),
@@ -1216,7 +1221,7 @@ COLUMNS = [  # of the table: key of a row, heading, width, digits behind the poi
 
 
 def table(rows: list[dict], heading: bool = True) -> str:
-    """The rows of a state as text, 80 columns wide; all that was measured is in the rows."""
+    """The rows of a state as text, 82 columns wide; all that was measured is in the rows."""
     lines = []
     if heading:
         lines.append("".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS))
@@ -1231,6 +1236,7 @@ def table(rows: list[dict], heading: bool = True) -> str:
     return "\n".join(lines)
 
 
+@np.errstate(invalid="ignore")  # inf - inf: not defined, so nan
 def summary(rows: list[dict]) -> list[dict]:
     """Rows with mean and standard deviation over the seeds of each cycle and arm, and of the
     difference sae-ception minus control, taken seed by seed. Of one seed: the difference alone."""
@@ -1333,14 +1339,16 @@ def finite_or_none(value):
     return value
 
 
-def print_whole(text: str) -> None:
-    """Print to stdout. If nobody takes it any more (a closed pipe, a full disk), say so once on
-    stderr, and go on: the results are in the run's folder."""
+def print_whole(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print to stdout or to another stream. If nobody takes it any more (a closed pipe, a full
+    disk), the run goes on: the results are in its folder. Of stdout, stderr says so, once."""
+    stream = stream or sys.stdout
     try:
-        print(text, flush=True)
+        print(text, end=end, file=stream, flush=True)
     except OSError as error:
-        print(f"stdout is gone ({error}); the run goes on to its end", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes all that follows
+        if stream is sys.stdout:
+            print_whole(f"stdout is gone ({error}); the run goes on to its end", sys.stderr)
 
 
 def progress_line(title: str, unit: str, first: float, advice: str = "") -> Callable:
@@ -1356,8 +1364,9 @@ def progress_line(title: str, unit: str, first: float, advice: str = "") -> Call
         interval = 60
         if sys.stderr.isatty():
             interval = 0.2
-        early = now - start < first or now - shown < interval
-        if done == 0 or (done < total and early):
+        if done == 0:  # nothing to say yet or, of a total of 0, at all
+            return
+        if done < total and (now - start < first or now - shown < interval):
             return
         shown = now
         rate = done / (now - start)
@@ -1366,9 +1375,9 @@ def progress_line(title: str, unit: str, first: float, advice: str = "") -> Call
         end = "\n"
         if done < total and sys.stderr.isatty():
             end = "\r"
-        print(f"{text:<99}", end=end, file=sys.stderr, flush=True)
+        print_whole(f"{text:<99}", sys.stderr, end)
         if left > timedelta(days=1) and advice and not advised:
-            print(f"\n{advice}", file=sys.stderr)
+            print_whole(f"\n{advice}", sys.stderr)
             advised = True
 
     return report
@@ -1447,7 +1456,10 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable:
     def convert(text: str) -> int | float:
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+            limits = f"at least {low}"
+            if high < math.inf:
+                limits += f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} has to be {limits}")
         return value
 
     convert.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
@@ -1608,10 +1620,12 @@ def cached_splits(
     options = {key: vars(args)[key] for key in ("device", "batch_size", "workers")}
     options |= {"bfloat16": args.precision == "bfloat16", "compiled": args.compile}
     options |= {"size": args.image_size, "rank": rank, "world_size": world_size}
-    advice = (
-        "this takes days; on this machine try --dataset cifar10 --arch vit_tiny, or "
-        "--dataset imagenet --arch convnextv2_atto --image-size 224, or less with --limit"
-    )
+    advice = ""
+    if args.device == "cpu":
+        advice = (
+            "this takes days; on this machine try --dataset cifar10 --arch vit_tiny, or "
+            "--dataset imagenet --arch convnextv2_atto --image-size 224, or less with --limit"
+        )
     result = {}
     for split, (images, y) in splits.items():
         reports = {}
@@ -1659,7 +1673,7 @@ def run(args: argparse.Namespace, states: dict) -> None:
     new = f"{args.dataset}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path(args.resume or Path(args.out_dir, new))
     save_run(folder, vars(args), states)
-    print(f"results go to {folder}; --resume {folder} goes on after a stop", file=sys.stderr)
+    print_whole(f"results go to {folder}; --resume {folder} goes on after a stop", sys.stderr)
     if args.tune == "last":
         splits = cached_splits(args, trunk, splits)
     # h and the targets are as large as x, and all of them have to fit.
@@ -1725,7 +1739,7 @@ def main(argv: list[str] | None = None) -> int:
         status, message = 2, error
     except (OSError, FloatingPointError) as error:
         status, message = 1, error
-    print(f"\nsaeception.py: error: {message}", file=sys.stderr)
+    print_whole(f"\nsaeception.py: error: {message}", sys.stderr)
     return status
 
 
