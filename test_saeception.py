@@ -272,6 +272,8 @@ def test_train_sae_takes_activations_of_any_kind_and_scale():
     ("2 of 400 rows of h are not finite", lambda: S.train_sae(with_bad_rows(X), 8)),
     ("k = 33 active features of d_sae = 32", lambda: S.train_sae(X, 32, k=33)),
     ("k = 0 active", lambda: S.train_sae(X, 32, k=0)),
+    ("0 examples are too few", lambda: S.train_sae(X[:0], 8)),
+    ("1 examples are too few", lambda: S.train_sae(X[:1], 8)),
     ("400 examples in batches of 0", lambda: S.train_sae(X, 8, batch_size=0)),
     ("not finite: lower its lr", lambda: S.train_sae(X, 8, lr=1e38, min_steps=5)),
 ])  # fmt: skip
@@ -295,7 +297,7 @@ def test_capture_of_vectors_tokens_maps_and_nothing_else():
         assert seen.h.requires_grad
     for layer, shape, message in (
         (lstm, (2, 5, 3), "LSTM gives a tuple: take a layer inside"),
-        (norm, (2, 4, 4, 3), r"channels last, \[2, 4, 4, 3\]: take a layer behind the pooling"),
+        (norm, (2, 4, 4, 3), r"channels last, \[2, 4, 4, 3\]: take a layer after the pooling"),
         (identity, (4,), r"Identity gives \[4\], not \[B, D\]"),
     ):
         with pytest.raises(ValueError, match=message), S.capture(layer) as seen:
@@ -666,6 +668,12 @@ def test_saeception_keeps_arms_apart_and_the_model_as_it_was():
     assert same_parameters(model, before)
     (other,) = final(model, DATA, DATA, baseline_epochs=1, cycles=0, seed=1)["rows"]
     assert other["fvu"] != both[0]["fvu"]
+    few = {"epochs": 1, "min_steps": 0}
+    rows = [
+        final(model, DATA, DATA, cycles=0, sae_options=few | more)["rows"][0]
+        for more in ({}, {"seed": 0}, {"seed": 5})
+    ]
+    assert rows[0]["fvu"] == rows[1]["fvu"] != rows[2]["fvu"]  # an own seed for the SAE
     # Dropout draws the same numbers in each arm.
     dropping = nn.Sequential(model[:2], nn.Dropout(0.5), model[2])
     _, *arms = final(dropping, DATA, DATA, "0", cycles=1, arms={"a": None, "b": None})["rows"]
@@ -728,6 +736,15 @@ def never(*arguments, **options):
     ("400 inputs, but 399", lambda: S.fit(small_net(), "1", X, Y[1:])),
     ("no gradient", lambda: S.fit(small_net().requires_grad_(False), "1", X, Y, TARGETS)),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X, Y, lr=1e38)),
+    ("diverged in epoch 1; lower lr",  # in its only step
+     lambda: S.fit(small_net(), "1", X, Y, lr=math.inf, batch_size=400)),
+    ("labels from 0 to 4, but 4 classes",
+     lambda: S.fit(small_net(), "1", X, Y + (torch.arange(400) == 3))),
+    ("no layer 'nosuch'; the layers are 0, 1, 2", lambda: S.fit(small_net(), "nosuch", X, Y)),
+    ("no layer 'nosuch'", lambda: final(small_net(), DATA, DATA, layer="nosuch")),
+    ("0 inputs, but 0 class numbers", lambda: final(small_net(), DATA, (X[:0], Y[:0]))),
+    ("the state is not of seed 1", lambda: final(small_net(), DATA, DATA, seed=1, state={
+        "rows": [{"seed": 0, "cycle": 0, "arm": "baseline"}]})),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X * math.nan, Y)),
     ("2 of 400 rows of the targets are not finite",
      lambda: S.fit(small_net(), "1", X, Y, with_bad_rows(TARGETS))),
