@@ -317,6 +317,8 @@ def class_mean(
     class without examples. In chunks, as z, wider than h, may not fit into memory as a whole."""
     total = 0
     y = class_numbers(y, n_classes)
+    if len(y) != len(x):
+        raise ValueError(f"{len(x)} rows, but {len(y)} labels")
     for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
         part = encode(part)
         total = total + F.one_hot(labels, n_classes).to(part).T @ part

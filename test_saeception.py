@@ -246,6 +246,7 @@ def test_min_steps_adds_epochs_where_rows_are_few_and_too_few_steps_warn(capsys)
         S.train_sae(X, 8, progress=progress, **options)
         assert len(progress.call_args.args[0]) == expected
     assert fvu(S.train_sae(X, 24), X) < 0.5  # by default few rows are enough
+    S.train_sae(X, 4, k=4, epochs=1, min_steps=0)  # a TopK SAE may keep all
     capsys.readouterr()
     bad = fvu(S.train_sae(X, 256, epochs=1, min_steps=0), X)  # one step
     assert bad > 1 and f"(FVU {bad:.2f})" in capsys.readouterr().err
@@ -402,6 +403,9 @@ def test_class_top_k_and_sharpen_by_hand(kind):
     assert mask.tolist() == [[True, False, False, False], [False] * 4, [False, True, False, False]]
     sharp = [[5, 0, 0, 0], [1, 0, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
     assert S.sharpen(z, y, mask).tolist() == sharp
+    assert S.class_mean(z, torch.tensor([0, 0, 0, 2]), 3)[2].tolist() == [0, 4, 1, 1]  # of one
+    with pytest.raises(ValueError, match="4 rows, but 3 labels"):
+        S.class_mean(z, y[:3], 3)
     # A class never keeps what it never uses, even where k leaves room.
     assert S.class_top_k(z, y, 3, 4).tolist()[0] == [True, False, True, False]
     many = torch.full((1_300_000, 1), 3.0).half()  # their sum does not fit into half precision
