@@ -170,7 +170,7 @@ def sae_by_hand(h, d_sae, k, l1, batch_size, seed):
         b_enc = -1.28 * (sample * scale @ W_enc).std(0)
     else:
         examples = sample[torch.randint(len(sample), (d_sae,))] - sample.mean(0)
-        W_dec = F.normalize(W_dec + h.shape[1] / 2300 * F.normalize(examples, dim=1), dim=1)
+        W_dec = F.normalize(W_dec + h.shape[1] / 2000 * F.normalize(examples, dim=1), dim=1)
         W_enc = W_dec.T / 2
     weights = [W_enc, b_enc, W_dec, b_dec]
     first = [torch.zeros_like(w) for w in weights]  # Adam's two moments
