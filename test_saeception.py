@@ -566,6 +566,7 @@ def test_cluster_metrics():
     far = torch.full((1, 8), 1e6)
     cases = {
         "singletons": (x, torch.cat([torch.tensor([77, -3]), y[2:]])),
+        "N - 1 clusters": (x, torch.arange(150).clamp(min=1)),
         "pairs": (x, torch.arange(150) // 2), "duplicates": (x[:75].repeat(2, 1), y),
         "far": (x + 1000, y), "one far point": (torch.cat([far, x[1:]]), y),
         "separate": (separate, y), "random": (x, y), "sparse": ((x - 1.5).relu(), y),
@@ -760,6 +761,7 @@ def never(*arguments, **options):
     ("labels from 1 to 4, but 4", lambda: final(small_net(), (X, Y + 1), DATA)),
     ("labels from 1 to 4, but 4", lambda: final(small_net(), DATA, (X, Y + 1))),
     ("400 inputs, but 399", lambda: final(small_net(), DATA, (X, Y[1:]))),
+    ("400 inputs, but 399", lambda: final(small_net(), DATA, DATA, val=(X, Y[1:]))),
     ("400 points with 1 different", lambda: S.silhouette_score(X, Y * 0)),
     ("400 points with 400 different", lambda: S.davies_bouldin_score(X, torch.arange(400))),
 ])  # fmt: skip
