@@ -698,6 +698,9 @@ def test_rows_are_what_the_restored_models_and_saes_give():
     level = np.percentile(h.numpy(), 75, axis=0, method="lower")
     expected = {"fvu": fvu(sae, h), "l0": (z > 0).sum(1).double().mean().item()}
     expected["val_fvu"] = fvu(sae, S.activations(net, "1", X)[0])
+    expected["dead"] = sum(z[:, j].max() == 0 for j in range(16)).item() / 16
+    largest = [z[i].tolist().index(z[i].max()) for i in range(len(z))]
+    expected["adjusted_rand"] = S.adjusted_rand_score(torch.tensor(largest), y)
     expected["accuracy"] = (logits.argmax(1) == y).double().mean().item()
     for prefix, points, fires in (("", z, z > 0), ("h_", h, h > torch.tensor(level))):
         for score, value in zip(SCORES, naive_scores(points, y), strict=True):
@@ -804,18 +807,21 @@ def test_the_method_separates_classes_more_than_the_same_training_without_it():
 
 
 def test_restart_trains_the_first_weights_anew_towards_targets_of_the_trained_ones(monkeypatch):
-    model, starts, targets = small_net(), [], []
+    model, starts, targets, seeds = small_net(), [], [], []
     fit = S.fit
 
     def spy(net, layer, x, y, target, *others, **options):
         starts.append(copy.deepcopy(net))
         targets.append((target, options.get("variance")))
+        seeds.append(options["seed"])
         return fit(net, layer, x, y, target, *others, **options)
 
     monkeypatch.setattr(S, "fit", spy)
     options = {"arms": {"sae-ception": S.ARMS["sae-ception"], "control": None}, "restart": True}
+    options["seed"] = 3
     states = list(S.saeception(model, "1", DATA, DATA, **OPTIONS | options, baseline_epochs=3))
-    assert all(same_parameters(start, model) for start in starts) and len(starts) == 5
+    assert all(same_parameters(start, model) for start in starts)
+    assert seeds == [3000, 3001, 3001, 3002, 3002]  # the arms of a cycle see the same batches
     for before, (target, variance) in ((states[0], targets[1]), (states[1], targets[3])):
         arm = before["rows"][-1]["arm"]
         net, sae = S.restore(model, before, arm)
