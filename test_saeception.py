@@ -520,6 +520,7 @@ def test_what_is_frozen_stays_as_it_is():
     assert not model.training and not model[2].training
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_layer_in_a_reentrant_checkpoint_is_not_said_to_be_untrained():
     class Checkpointed(nn.Module):
         def __init__(self, reentrant):
