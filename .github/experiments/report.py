@@ -26,8 +26,10 @@ def inputs(dataset, data_dir, n_train=20_000, n_test=5000):
 
 
 def keep(path, row):
-    """Append a row to a file of JSON lines, so that a run that was stopped goes on."""
+    """Append a row to a file of JSON lines, so that a run that was stopped goes on. A number that
+    is not defined, such as the auxiliary loss of a baseline, becomes null."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    row = {key: S.finite_or_none(value) for key, value in row.items()}
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -49,7 +51,7 @@ def markdown(rows, by, fields=FIELDS):
     for name, group in groups.items():
         cells = [*map(str, name), str(len(group))]
         for key, (_, digits) in fields.items():
-            values = np.array([row[key] for row in group])
+            values = np.array([row[key] for row in group], dtype=float)  # null becomes nan
             text = f"{values.mean():.{digits}f}"
             if len(values) > 1:
                 text += f" ± {values.std(ddof=1):.{digits}f}"
