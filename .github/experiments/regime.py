@@ -21,7 +21,8 @@ SAE = {"l1": 1.0, "epochs": 1, "min_steps": 500}
 EPOCHS = (1, 2, 4, 8, 16)
 NETWORKS = [
     "cnn", "cnn, 16 units", "cnn, ReLU for LayerNorm", "cnn, no LayerNorm",
-    "mlp 784-64-64-10, LayerNorm", "mlp 784-16-16-10",
+    "mlp 784-64-64-10, LayerNorm", "mlp 784-64-64-10, ReLU",
+    "mlp 784-16-16-10, LayerNorm", "mlp 784-16-16-10, ReLU",
 ]  # fmt: skip
 
 
@@ -81,6 +82,7 @@ def main():
     parser.add_argument("what", choices=["epochs", "networks"])
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--fashion-dir", default="fashion")
+    parser.add_argument("--networks", default=NETWORKS, choices=NETWORKS, nargs="+")
     args = parser.parse_args()
     path = f"runs/regime-{args.what}.jsonl"
     if args.what == "epochs":
@@ -88,7 +90,7 @@ def main():
         jobs = [(data, "cnn", e, seed) for data in places for e in EPOCHS for seed in SEEDS]
     else:
         places = {"MNIST": args.data_dir}
-        jobs = [("MNIST", network, 8, seed) for network in NETWORKS for seed in SEEDS]
+        jobs = [("MNIST", network, 8, seed) for network in args.networks for seed in SEEDS]
     splits = {data: report.inputs("mnist", place) for data, place in places.items()}
     done = [
         tuple(r[k] for k in ("data", "network", "epochs", "seed")) for r in report.rows_of(path)

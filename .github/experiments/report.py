@@ -26,8 +26,10 @@ def inputs(dataset, data_dir, n_train=20_000, n_test=5000):
 
 
 def keep(path, row):
-    """Append a row to a file of JSON lines, so that a run that was stopped goes on."""
+    """Append a row to a file of JSON lines, so that a run that was stopped goes on. A number that
+    is not defined, such as the auxiliary loss of a baseline, becomes null."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    row = {key: S.finite_or_none(value) for key, value in row.items()}
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -49,7 +51,7 @@ def markdown(rows, by, fields=FIELDS):
     for name, group in groups.items():
         cells = [*map(str, name), str(len(group))]
         for key, (_, digits) in fields.items():
-            values = np.array([row[key] for row in group])
+            values = np.array([row[key] for row in group], dtype=float)  # null becomes nan
             text = f"{values.mean():.{digits}f}"
             if len(values) > 1:
                 text += f" ± {values.std(ddof=1):.{digits}f}"
@@ -93,23 +95,30 @@ def factor_share(model, layer, splits):
     return 1 - (left.square().sum(0) / (m_test - mean_m[y_test]).square().sum(0)).mean().item()
 
 
-def small_network(kind, width=64):
-    """Networks that differ from `small_cnn` in one thing each, and the name of their layer."""
+def small_network(kind):
+    """Networks that differ from `small_cnn` in one thing each, and MLPs, whose second hidden layer
+    ends with a LayerNorm or a ReLU; with the name of the layer to take."""
     cnn = S.small_cnn()[1]
     if kind == "cnn":
         return cnn, "norm"
     if kind == "cnn, ReLU for LayerNorm":
         cnn.norm = torch.nn.ReLU()
-    elif kind == "cnn, no LayerNorm":
+        return cnn, "norm"
+    if kind == "cnn, no LayerNorm":
         cnn.norm = torch.nn.Identity()
-    elif kind == "cnn, 16 units":
+        return cnn, "norm"
+    if kind == "cnn, 16 units":
         cnn.fc, cnn.norm = torch.nn.Linear(512, 16), torch.nn.LayerNorm(16)
         cnn.head = torch.nn.Linear(16, 10)
-    else:
-        sizes = {"mlp 784-64-64-10, LayerNorm": 64, "mlp 784-16-16-10": 16}
-        width = sizes[kind]
-        norm = torch.nn.LayerNorm(64) if width == 64 else torch.nn.ReLU()
-        layers = [torch.nn.Flatten(), torch.nn.Linear(784, width), torch.nn.ReLU()]
-        layers += [torch.nn.Linear(width, width), norm, torch.nn.Linear(width, 10)]
-        return torch.nn.Sequential(*layers), "4"
-    return cnn, "norm"
+        return cnn, "norm"
+    width, norm = {
+        "mlp 784-64-64-10, LayerNorm": (64, torch.nn.LayerNorm(64)),
+        "mlp 784-64-64-10, ReLU": (64, torch.nn.ReLU()),
+        "mlp 784-16-16-10, LayerNorm": (16, torch.nn.LayerNorm(16)),
+        "mlp 784-16-16-10, ReLU": (16, torch.nn.ReLU()),  # as the paper's
+    }[kind]
+    mlp = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(784, width), torch.nn.ReLU(),
+        torch.nn.Linear(width, width), norm, torch.nn.Linear(width, 10),
+    )  # fmt: skip
+    return mlp, "4"
