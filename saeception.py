@@ -10,7 +10,7 @@ control without targets (6). These sections use only torch and nothing below the
 run them on the paper's networks and data. What departs from the paper is marked "ours".
 
 Result of `python saeception.py --seeds 0 1 2 3 4` after cycle 3 (CPU, torch 2.14): silhouette of h
-.75, control .53; of z .49, control .16; accuracy 1.00 in both (README.md has the other networks).
+.75, control .55; of z .49, control .16; accuracy 1.00 in both (README.md has the other networks).
 
 Paper: "SAE-ception: Iteratively Using Sparse Autoencoders as a Training Signal", Mechanistic
 Interpretability Workshop at NeurIPS 2025, https://openreview.net/forum?id=TtV3UF7iKq
@@ -155,14 +155,16 @@ def train_sae(
         raise ValueError("h is the same for all examples: is the layer dead, or the wrong one?")
     scale = 1 / sample.square().mean().sqrt()
     if lr is None:
-        lr = 0.006 * math.sqrt(256 / d_sae)  # the root is as in Gao et al., figure 3
+        # Half of it costs 1 to 15% of loss. The root is as in Gao et al., figure 3.
+        lr = 0.006 * math.sqrt(256 / d_sae)
     # An autocast of the caller's is off: it keeps copies of the weights and would miss our updates.
     with random_numbers(seed), torch.autocast(sample.device.type, enabled=False):
         sae = SparseAutoencoder(d_in, d_sae, k).to(sample)
         sae.b_dec.data = sample.mean(0) * scale
         if k is None:
             # Ours: sparse from the start, as L1 takes long to make a dense code sparse. Above 1.28
-            # standard deviations a feature fires for one example in ten.
+            # standard deviations a feature fires for one example in ten. (From 0 on, where half of
+            # all fire, the loss is 13 to 33% higher after 400 to 2,000 steps.)
             sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
         else:
             # Ours: in a wide layer random directions match no example, and their features die. So
@@ -178,7 +180,7 @@ def train_sae(
         steps = batches(len(h), batch_size, epochs, seed, min_steps)
         for step, index in enumerate(progress(steps)):
             # The last fifth takes the learning rate to zero, for less noise (Anthropic's circuits
-            # updates, April 2024).
+            # updates, April 2024): in the CNN the loss is 1.3 to 1.7% lower.
             fall = min(1, 5 * (1 - step / len(steps)))
             optimizer.param_groups[0]["lr"] = lr * fall
             batch = h[index].to(sample) * scale  # (B, d_in)
@@ -197,7 +199,8 @@ def train_sae(
                 optimizer.step()
                 W_dec.div_(W_dec.norm(dim=1, keepdim=True))
                 # Ours, in place of Bricken et al.'s resampling: a feature that the batch does not
-                # use gets no gradient; its bias rises until it is used.
+                # use gets no gradient; its bias rises until it is used. (Without it 14% of the
+                # features of the MLP are dead after 2,000 steps.)
                 unused = z.sum(0) == 0  # (d_sae,)
                 sae.b_enc += 0.1 * lr * fall * math.sqrt(d_in) * unused
 
