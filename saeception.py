@@ -1336,7 +1336,9 @@ def progress_line(title: str, unit: str, first: float, advice: str = "") -> Call
         interval = 60
         if sys.stderr.isatty():
             interval = 0.2
-        if done < total and (done == 0 or now - start < first or now - shown < interval):
+        if done == 0:  # nothing to say yet or, of a total of 0, at all
+            return
+        if done < total and (now - start < first or now - shown < interval):
             return
         shown = now
         rate = done / (now - start)

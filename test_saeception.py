@@ -1102,6 +1102,11 @@ def test_pictures_show_each_class_in_its_colour_and_the_strongest_images_first(t
             assert picture.getpixel((left + 25, top + 25)) == (6 * n,) * 3
 
 
+def test_progress_of_nothing_says_nothing(capsys):
+    S.progress_line("title", "images", first=0)(0, 0)  # all features are there
+    assert capsys.readouterr().err == ""
+
+
 def test_run_end_to_end(tmp_path, run):
     write_mnist(tmp_path / "data")
     flags = ["--dataset", "mnist", "--data-dir", tmp_path / "data", "--cycles", 2, *QUICK]
