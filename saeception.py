@@ -37,6 +37,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -970,7 +971,7 @@ def find_photos(folder: Path) -> tuple[np.ndarray, Tensor, list[str]]:
     numbers = {name: number for number, name in enumerate(names)}
     samples = make_dataset(str(folder), numbers, is_valid_file=is_photo)
     if left_out:
-        print(f"{folder}: {len(left_out)} files left out, as {left_out[0]}", file=sys.stderr)
+        print_whole(f"{folder}: {len(left_out)} files left out, as {left_out[0]}", sys.stderr)
     paths = np.array([path for path, _ in samples], dtype=object)
     return paths, torch.tensor([number for _, number in samples]), names
 
@@ -1313,14 +1314,16 @@ def finite_or_none(value):
     return value
 
 
-def print_whole(text: str) -> None:
-    """Print to stdout. If nobody takes it any more (a closed pipe, a full disk), say so once on
-    stderr, and go on: the results are in the run's folder."""
+def print_whole(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print to stdout or to another stream. If nobody takes it any more (a closed pipe, a full
+    disk), the run goes on: the results are in its folder. Of stdout, stderr says so, once."""
+    stream = stream or sys.stdout
     try:
-        print(text, flush=True)
+        print(text, end=end, file=stream, flush=True)
     except OSError as error:
-        print(f"stdout is gone ({error}); the run goes on to its end", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes all that follows
+        if stream is sys.stdout:
+            print_whole(f"stdout is gone ({error}); the run goes on to its end", sys.stderr)
 
 
 def progress_line(title: str, unit: str, first: float, advice: str = "") -> Callable:
@@ -1347,9 +1350,9 @@ def progress_line(title: str, unit: str, first: float, advice: str = "") -> Call
         end = "\n"
         if done < total and sys.stderr.isatty():
             end = "\r"
-        print(f"{text:<99}", end=end, file=sys.stderr, flush=True)
+        print_whole(f"{text:<99}", sys.stderr, end)
         if left > timedelta(days=1) and advice and not advised:
-            print(f"\n{advice}", file=sys.stderr)
+            print_whole(f"\n{advice}", sys.stderr)
             advised = True
 
     return report
@@ -1640,7 +1643,7 @@ def run(args: argparse.Namespace, states: dict) -> None:
     new = f"{args.dataset}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path(args.resume or Path(args.out_dir, new))
     save_run(folder, vars(args), states)
-    print(f"results go to {folder}; --resume {folder} goes on after a stop", file=sys.stderr)
+    print_whole(f"results go to {folder}; --resume {folder} goes on after a stop", sys.stderr)
     if args.tune == "last":
         splits = cached_splits(args, trunk, splits)
     # h and the targets are as large as x, and all of them have to fit.
@@ -1706,7 +1709,7 @@ def main(argv: list[str] | None = None) -> int:
         status, message = 2, error
     except (OSError, FloatingPointError) as error:
         status, message = 1, error
-    print(f"\nsaeception.py: error: {message}", file=sys.stderr)
+    print_whole(f"\nsaeception.py: error: {message}", sys.stderr)
     return status
 
 

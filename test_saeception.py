@@ -1213,6 +1213,40 @@ def test_a_stopped_run_goes_on_with_the_same_rows(stop, tmp_path, run):
     assert untimed(rows_of(folder)) == untimed(rows_of(run(*flags).folder))
 
 
+def closed_pipe():
+    """What a program writes to behind whose `|` nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+@pytest.mark.parametrize("stream", [closed_pipe, lambda: open("/dev/full", "w"), lambda: None])
+def test_a_run_that_nobody_listens_to_goes_on_to_its_end(stream, tmp_path, run, monkeypatch):
+    for names in (["stdout"], ["stderr"], ["stdout", "stderr"]):
+        with monkeypatch.context() as patch:
+            one = stream()  # closed from the start (None), closed later, or on a full disk
+            for name in names:
+                patch.setattr(sys, name, one)
+            done = run(*MLP, "--cycles", 1)
+        assert len(rows_of(done.folder)) == 3 and (done.folder / "features.png").exists()
+        told = one is not None and names == ["stdout"]
+        assert done.err.count("stdout is gone") == told
+
+
+def test_a_row_is_saved_before_it_is_printed(tmp_path, run, monkeypatch):
+    saved = []
+
+    class Terminal(io.StringIO):
+        def write(self, text):
+            if re.match(r" +0 +\d ", text):
+                (folder,) = tmp_path.glob("runs/*")
+                saved.append(rows_of(folder)[-1]["arm"] == text.split()[2])
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    run(*MLP, "--cycles", 1)
+    assert saved == [True] * 3
+
+
 def test_vit_on_cifar_end_to_end(cifar, tmp_path, run, monkeypatch):
     monkeypatch.setattr(S, "fit", Mock(wraps=S.fit))
     flags = ["--dataset", "cifar10", "--arch", "vit_tiny", "--data-dir", cifar, *QUICK]
