@@ -1189,15 +1189,15 @@ COLUMNS = [  # of the table: key of a row, heading, width, digits behind the poi
     ("silhouette", "silh. z", 8, 3),
     ("davies_bouldin", "DB z", 7, 3),
     ("h_silhouette", "silh. h", 8, 3),
-    ("h_uncertainty", "U h", 6, 3),
+    ("h_uncertainty", "U h", 7, 3),
     ("l0", "L0", 6, 1),
-    ("fvu", "FVU", 6, 3),
+    ("fvu", "FVU", 7, 3),
     ("seconds", "seconds", 8, 0),
 ]
 
 
 def table(rows: list[dict], heading: bool = True) -> str:
-    """The rows of a state as text, 80 columns wide; all that was measured is in the rows."""
+    """The rows of a state as text, 82 columns wide; all that was measured is in the rows."""
     lines = []
     if heading:
         lines.append("".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS))
