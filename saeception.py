@@ -1212,6 +1212,7 @@ def table(rows: list[dict], heading: bool = True) -> str:
     return "\n".join(lines)
 
 
+@np.errstate(invalid="ignore")  # inf - inf: not defined, so nan
 def summary(rows: list[dict]) -> list[dict]:
     """Rows with mean and standard deviation over the seeds of each cycle and arm, and of the
     difference sae-ception minus control, taken seed by seed. Of one seed: the difference alone."""
