@@ -1012,12 +1012,15 @@ def read_photo(path: str | Path, size: int) -> Tensor:
     """The photo, upright: uint8 [3, size, size]. As for the official ConvNeXt-V2 checkpoints, below
     384 pixels the middle 7/8 of the shorter side is taken, from there on the whole image is warped.
     OSError names a photo that cannot be read."""
-    with one_sentence(f"cannot read the image {path}", "mend or replace it"):
+    with (
+        one_sentence(f"cannot read the image {path}", "mend or replace it"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # EXIF data that are damaged turn nothing
         photo = Image.open(path)
         if photo.mode[0] in "IF":
             raise ValueError("its values do not fit into 8 bits")
-        with contextlib.suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # EXIF data that are damaged turn nothing
+        with contextlib.suppress(Exception):
             photo = ImageOps.exif_transpose(photo)
         photo = photo.convert("RGB")
     if size < 384:

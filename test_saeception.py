@@ -1,20 +1,26 @@
 """Behaviour that users of saeception.py rely on. Makes its own data; needs no network, no GPU."""
 
+import builtins
 import contextlib
 import copy
+import dis
 import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -915,6 +921,56 @@ def test_checkpoints_that_do_not_fit_get_one_line(tmp_path):
         assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("saved", [
+    lambda state: {"model": state, "args": Namespace(lr=1e-4, data_path="x"), "epoch": 3},
+    lambda state: {"state_dict": state},
+    lambda state: {f"module.{key}": value for key, value in state.items()},
+    lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
+    lambda state: {"model": {f"module._orig_mod.{key}": v for key, v in state.items()}},
+])  # fmt: skip
+def test_checkpoints_are_read_as_training_scripts_write_them(saved, tmp_path):
+    state = official_convnext()[1]["model"]
+    torch.save(saved(state), tmp_path / "w.pt")
+    trunk, model, _ = S.imagenet_convnext("convnextv2_atto", None, str(tmp_path / "w.pt"))
+    found = trunk.state_dict() | model.state_dict()
+    assert torch.equal(found["head.weight"], state["head.weight"])
+    assert torch.equal(found["2.0.0.weight"], state["downsample_layers.0.0.weight"])
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    state = tiny_vit().state_dict()
+    state["encoder.ln.bias"][2] = math.nan
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(OSError, match="w.pt .encoder.ln.bias has values that are not finite"):
+        S.cifar10_vit("vit_tiny", 32, 10, str(tmp_path / "w.pt"))
+
+
+def test_the_small_networks_take_pixels_from_0_to_1_to_a_named_layer():
+    images = random_images(4, 28)[:, :1]
+    pixels = images / 255
+    trunk, mlp, layer = S.mnist_mlp(7)
+    h, logits = S.activations(mlp, layer, trunk(images))
+    assert_close(h, mlp.fc1(pixels.flatten(1)).relu())
+    assert_close(logits, mlp.head(mlp.fc2(h).relu()))
+    assert [mlp.fc1.out_features, mlp.fc2.out_features, mlp.head.out_features] == [16, 16, 7]
+    trunk, cnn, layer = S.small_cnn(7)
+    h, logits = S.activations(cnn, layer, trunk(images))
+    maps = F.conv2d(pixels, cnn.conv1.weight, cnn.conv1.bias, stride=2).relu()
+    maps = F.conv2d(maps, cnn.conv2.weight, cnn.conv2.bias, stride=2).relu()
+    assert maps.shape == (4, 32, 4, 4)
+    assert_close(h, F.layer_norm(cnn.fc(maps.flatten(1)), (64,)))
+    assert_close(logits, cnn.head(h))
+
+
+def test_mixed_precision_is_autocast_with_logits_in_float32():
+    x, layers = torch.randn(5, 6), [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)]
+    logits = S.MixedPrecision(*layers)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = nn.Sequential(*layers)(x)
+    assert expected.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert torch.equal(logits, expected.float())
+
+
 # === 8. Data ===
 
 
@@ -1022,6 +1078,56 @@ def test_photos_are_found_and_decoded(tmp_path):
         S.load_data("imagenet", tmp_path / "one")
 
 
+def test_what_is_hidden_or_no_photo_does_not_count_and_the_latter_is_said(tmp_path, capsys):
+    write_photos(tmp_path)
+    train = tmp_path / "train"
+    for folder in (".ipynb_checkpoints", "__MACOSX", "cat/.thumbs", "dog/__MACOSX"):
+        (train / folder).mkdir()
+        (train / folder / "a.png").write_bytes((train / "cat" / "01b.png").read_bytes())
+    (train / "cat" / ".DS_Store").write_text("")
+    (train / "cat" / "._01b.png").write_text("")
+    for i in range(12):
+        (train / "dog" / f"{i:02}.gif").write_text("")
+    paths, _, names = S.load_files("imagenet", tmp_path, train=True)
+    assert names == ["cat", "dog"] and len(paths) == 24
+    text = f"{train}: 12 files left out, as {train}/dog/00.gif"
+    assert sorted(capsys.readouterr().err.splitlines()) == [text]
+    S.load_files("imagenet", tmp_path, train=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_photos_stand_upright_by_their_exif_data_if_these_are_whole(tmp_path, recwarn):
+    pixels = np.random.default_rng(0).integers(0, 255, (384, 384, 3), dtype=np.uint8)
+    turned = {  # what the file holds, for each way in which a camera can have been held
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: np.rot90(pixels, 2),
+        4: pixels[::-1],
+        5: pixels.swapaxes(0, 1),
+        6: np.rot90(pixels, 1),
+        7: np.rot90(pixels, 2).swapaxes(0, 1),
+        8: np.rot90(pixels, -1),
+    }
+    for orientation, stored in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
+        found = S.read_photo(tmp_path / "a.png", 384).permute(1, 2, 0).numpy()
+        assert np.array_equal(found, pixels), orientation
+    damaged = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 20
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=damaged)
+    Image.fromarray(pixels).save(tmp_path / "b.jpg")
+    recwarn.clear()
+    read = [S.read_photo(tmp_path / name, 64) for name in ("a.jpg", "b.jpg")]
+    assert torch.equal(*read) and not recwarn.list
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "c.jpg", exif=exif)
+    data = (tmp_path / "c.jpg").read_bytes()
+    (tmp_path / "c.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(OSError, match="cannot read the image .*c.jpg .*truncated"):
+        S.read_photo(tmp_path / "c.jpg", 64)  # a part of it is not a photo
+
+
 # === 9. Trunk pass ===
 
 
@@ -1072,6 +1178,145 @@ def test_features_are_kept_and_what_changed_is_made_again(tmp_path):
     assert seen == 0 and torch.equal(again, x)
 
 
+def test_features_belong_to_the_content_of_photos_not_to_their_names(tmp_path):
+    paths = np.array([str(tmp_path / f"{i}.bmp") for i in range(3)], dtype=object)
+    images = random_images(3, 4)
+    for path, image in zip(paths, images, strict=True):
+        v2.functional.to_pil_image(image).save(path)
+    folder = tmp_path / "features"
+    seen, x = trunk_pass(paths, folder, size=4, workers=0)
+    assert seen == 3
+    moved = np.array([shutil.copy(path, tmp_path / f"new{path[-5:]}") for path in paths])
+    os.utime(paths[1])
+    for same in (paths, moved):  # touched, and copied under other names
+        seen, again = trunk_pass(same, folder, size=4, workers=0)
+        assert seen == 0 and torch.equal(again, x)
+    v2.functional.to_pil_image(255 - images[1]).save(paths[1])  # of the same size in bytes
+    seen, again = trunk_pass(paths, folder, size=4, workers=0)
+    assert seen == 3 and (again != x).any(1).tolist() == [False, True, False]
+    paths[1] = str(tmp_path / "gone.bmp")
+    with pytest.raises(OSError, match="cannot read the image .*gone.bmp .*No such file"):
+        trunk_pass(paths, folder, size=4, workers=0)
+
+
+def test_photos_are_decoded_by_any_number_of_processes(tmp_path):
+    paths, _, _ = S.load_files("imagenet", write_photos(tmp_path), train=True)
+    batches = [range(0, 10), range(10, 20), range(20, 24)]
+    expected = torch.stack([S.read_photo(path, 32) for path in paths])
+    for workers in (0, 1, 2):
+        decoded = [*S.photo_batches(paths, 32, batches, workers)]
+        assert [len(batch) for batch in decoded] == [10, 10, 4]
+        assert torch.equal(torch.cat(decoded), expected)
+    Path(paths[13]).write_bytes(b"no photo")
+    for workers in (0, 2):
+        with pytest.raises(OSError, match=f"cannot read the image {paths[13]} .* replace it"):
+            for _ in S.photo_batches(paths, 32, batches, workers):
+                pass
+    assert multiprocessing.active_children() == []
+
+
+def test_no_process_is_started_for_tensors_and_for_features_that_are_there(tmp_path, monkeypatch):
+    loader = Mock(wraps=S.DataLoader)
+    monkeypatch.setattr(S, "DataLoader", loader)
+    trunk_pass(random_images(5, 4), tmp_path / "features", workers=2)
+    assert not loader.called
+    paths, _, _ = S.load_files("imagenet", write_photos(tmp_path), train=True)
+    for expected in (1, 0):
+        trunk_pass(paths, tmp_path / "features", size=4, workers=2)
+        assert loader.call_args.kwargs["num_workers"] == expected  # for one batch, and for none
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_is_left_when_a_pass_over_photos_is_stopped(stop, tmp_path):
+    script = f"""
+import sys, time, torch
+sys.path.insert(0, {str(HERE)!r})
+import saeception as S
+def slow(path, size):
+    print("decoding", flush=True)
+    time.sleep(0.05)
+    return torch.zeros(3, size, size, dtype=torch.uint8)
+S.read_photo = slow
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # how often workers look for their parent
+sys.exit(S.main({[*PHOTOS, "--data-dir", str(write_photos(tmp_path)), "--workers", "2"]}
+                + ["--batch-size", "2"]))
+"""
+    (tmp_path / "script.py").write_text(script)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"], cwd=tmp_path, start_new_session=True, **pipes
+    )
+    next(line for line in process.stdout if line == "decoding\n")
+    if stop == signal.SIGINT:
+        os.killpg(process.pid, stop)  # Ctrl-C reaches all processes
+    else:
+        os.kill(process.pid, stop)
+    out, _ = process.communicate(timeout=30)  # all that have the pipe, the workers too, have ended
+    if stop == signal.SIGINT:
+        assert process.returncode == 130 and out.endswith("error: interrupted\n")
+        assert "Traceback" not in out
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_first_batch(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = []
+    trunk = small_trunk()
+    trunk.register_forward_pre_hook(lambda *call: done.append(call))
+    with pytest.raises(OSError, match=f"cannot write to {tmp_path}/file/features .*--cache-dir"):
+        S.trunk_features(trunk, random_images(3, 4), tmp_path / "file" / "features")
+    assert done == []
+
+
+def test_progress_tells_of_one_image_and_then_of_each_batch(tmp_path):
+    images, told = random_images(150, 4), []
+    tell = lambda *progress: told.append(progress)  # noqa: E731
+    trunk_pass(images, tmp_path, progress=tell, images_per_file=100)
+    assert told[:3] == [("compared", 0, 150), ("compared", 100, 150), ("compared", 150, 150)]
+    assert told[3:] == [("done", n, 150) for n in (0, 1, 64, 100, 150)]
+    told.clear()
+    trunk_pass(images, tmp_path, progress=tell, images_per_file=100)
+    assert told == [("compared", 0, 150), ("compared", 100, 150), ("compared", 150, 150)]
+
+
+def test_a_compiled_trunk_gets_batches_of_one_size_and_fails_in_one_line(tmp_path, monkeypatch):
+    images, shapes = random_images(150, 4), []
+
+    def fake(trunk):
+        def compiled(pixels):
+            shapes.append(tuple(pixels.shape))
+            return trunk(pixels)
+
+        return compiled
+
+    _, x = trunk_pass(images, tmp_path)
+    monkeypatch.setattr(torch, "compile", fake)
+    _, again = trunk_pass(images, tmp_path, compiled=True)  # they are kept apart
+    assert torch.equal(again, x) and shapes == [(64, 3, 4, 4)] * 3
+    assert trunk_pass(images, tmp_path, compiled=True)[0] == 0
+    monkeypatch.setattr(torch, "compile", lambda trunk: Mock(side_effect=RuntimeError("no gcc")))
+    with pytest.raises(OSError, match="run the compiled trunk .no gcc.: leave --compile out"):
+        trunk_pass(255 - images, tmp_path, compiled=True)
+
+
+def test_parts_of_files_have_random_names_and_are_swept_after_a_day(tmp_path):
+    for name, hours in ((".a.0123.part", 25), (".b.4567.part", 23)):
+        (tmp_path / name).write_text("left by a kill")
+        then = time.time() - 3600 * hours
+        os.utime(tmp_path / name, (then, then))
+    parts = []
+
+    def write(file):
+        parts.append(Path(file.name).name)
+        file.write(b"content")
+        if len(parts) == 1:  # meanwhile another process writes the same file
+            S.write_whole(tmp_path / "x", write)
+
+    S.write_whole(tmp_path / "x", write)
+    assert len({*parts}) == 2 and all(re.match(r"\.x\..{16}\.part$", part) for part in parts)
+    assert sorted(os.listdir(tmp_path)) == [".b.4567.part", "x"]
+    assert (tmp_path / "x").read_bytes() == b"content"
+
+
 def test_a_full_disk_leaves_old_files_whole_and_no_new_ones(tmp_path):
     def full(file):
         file.write(b"half")
@@ -1114,6 +1359,129 @@ def test_pictures_show_each_class_in_its_colour_and_the_strongest_images_first(t
             left, top = 10 + 52 * i, 56 + 80 * c
             assert abs(np.array(picture.getpixel((left, top))) - colours[c]).max() < 3
             assert picture.getpixel((left + 25, top + 25)) == (6 * n,) * 3
+
+
+def row_of(seed, cycle, arm, **values):
+    row = {key: 0.0 for key, *_ in S.COLUMNS} | values
+    return row | {"seed": seed, "cycle": cycle, "arm": arm}
+
+
+def test_table_has_columns_that_stay_apart():
+    values = dict(accuracy=0.98765, silhouette=-0.1234, davies_bouldin=12.3456, h_silhouette=0.5)
+    values |= dict(h_uncertainty=-0.0214, l0=-10.26, fvu=-0.0185, seconds=12.6)
+    rows = [row_of(10, 3, "sae-ception", **values), row_of("mean", 1, "difference", fvu=math.nan)]
+    assert (
+        S.table(rows)
+        == """\
+seed cycle         arm accuracy silh. z   DB z silh. h    U h    L0    FVU seconds
+  10     3 sae-ception   0.9877  -0.123 12.346   0.500 -0.021 -10.3 -0.018      13
+mean     1  difference   0.0000   0.000  0.000   0.000  0.000   0.0    nan       0"""
+    )
+    assert S.table(rows[:1], heading=False) == S.table(rows).splitlines()[1]
+
+
+def test_summary_is_mean_and_deviation_over_seeds_and_the_difference_seed_by_seed(recwarn):
+    accuracy = {("sae-ception", 0): 0.7, ("sae-ception", 1): 0.8, ("control", 0): 0.6}
+    accuracy |= {("control", 1): 0.3, ("class-mean", 1): 0.9}
+    rows = [row_of(seed, 2, arm, accuracy=value) for (arm, seed), value in accuracy.items()]
+    expected = [
+        ("mean", "sae-ception", 0.75), ("std", "sae-ception", math.sqrt(2 * 0.05**2)),
+        ("mean", "control", 0.45), ("std", "control", math.sqrt(2 * 0.15**2)),
+        ("mean", "difference", 0.3), ("std", "difference", math.sqrt(2 * 0.2**2)),
+    ]  # fmt: skip
+    for row, (name, arm, value) in zip(S.summary(rows), expected, strict=True):
+        assert (row["seed"], row["cycle"], row["arm"]) == (name, 2, arm)
+        assert row["accuracy"] == pytest.approx(value) and row["fvu"] == 0
+    assert S.summary(rows[:1]) == []  # one seed, nothing to compare
+    (alone,) = S.summary(rows[::2])
+    assert alone["arm"] == "difference" and alone["accuracy"] == pytest.approx(0.1)
+    for row in rows:
+        row["davies_bouldin"] = math.inf  # two classes with one centre
+    assert all(math.isnan(row["davies_bouldin"]) for row in S.summary(rows)[-2:])
+    assert not recwarn.list
+
+
+def test_results_are_json_that_other_programs_read(tmp_path):
+    rows = [{"arm": "control", "a": 0.5, "b": math.nan, "c": -math.inf, "d": 3}]
+    S.save_run(tmp_path, {"device": "cpu", "lr": 0.1}, {0: {"rows": rows}, 1: {"rows": rows}})
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert found["rows"] == 2 * [{"arm": "control", "a": 0.5, "b": None, "c": None, "d": 3}]
+    assert found["config"] == {"device": "cpu", "lr": 0.1}
+    environment = dict(torch=torch.__version__, numpy=np.__version__, python=sys.version.split()[0])
+    assert found["environment"].items() >= environment.items()
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    assert saved["config"] == found["config"] and [*saved["states"]] == [0, 1]
+
+
+@pytest.fixture
+def clock(monkeypatch, capsys):
+    """What perf_counter tells is in clock.now; clock.text() is what came to stderr since."""
+    clock = SimpleNamespace(now=100.0, text=lambda: capsys.readouterr().err)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def reported(clock, report, steps):
+    """The lines that `report` writes: by seconds since the start, at (seconds, done, total)."""
+    lines = {}
+    for seconds, done, total in steps:
+        clock.now = 100.0 + seconds
+        report(done, total)
+        lines[seconds] = clock.text()
+    return {seconds: line for seconds, line in lines.items() if line}
+
+
+def test_progress_in_a_pipe_is_a_first_line_and_then_one_a_minute(clock):
+    report = S.progress_line("title", "steps", first=10)
+    steps = [(0, 0, 800), (9.9, 99, 800), (11, 110, 800), (70, 700, 800), (71.5, 715, 800)]
+    lines = reported(clock, report, [*steps, (72, 720, 800), (80, 800, 800)])
+    assert [*lines] == [11, 71.5, 80]
+    assert lines[11].rstrip(" \n") == "title: 110/800 steps, 10 a second, 0:01:09 left"
+    assert lines[80].rstrip(" \n") == "title: 800/800 steps, 10 a second, 0:00:00 left"
+    assert all(line.endswith(" \n") for line in lines.values())
+    (line,) = reported(clock, S.progress_line("short", "steps", first=10), [(80.5, 5, 5)]).values()
+    assert line.startswith("short: 5/5 steps, 10 a second")  # the end is always told
+
+
+def test_progress_on_a_terminal_is_a_line_that_is_renewed(clock, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    report = S.progress_line("title", "images", first=0.3)
+    steps = [(0.2, 1, 90), (0.4, 2, 90), (0.5, 3, 90), (0.7, 4, 90), (9, 90, 90)]
+    lines = reported(clock, report, steps)
+    assert [*lines] == [0.4, 0.7, 9]
+    assert lines[0.4] == f"{'title: 2/90 images, 5 a second, 0:00:18 left':<99}\r"
+    assert lines[9].endswith("\n")
+
+
+def test_what_takes_days_is_said_once_with_advice(clock):
+    report = S.progress_line("title", "images", first=0.3, advice="take less")
+    lines = reported(clock, report, [(1, 1, 86_000), (100, 2, 10**6), (200, 3, 10**6)])
+    assert "23:53:19 left" in lines[1] and "take less" not in lines[1]
+    assert "days" in lines[100] and lines[100].endswith("\ntake less\n")
+    assert "days" in lines[200] and "take less" not in lines[200]
+
+
+def test_steps_are_shown_with_their_stage(clock):
+    seen = []
+    for step in S.show_progress([5, 6, 7, 8], "stage"):
+        seen.append(step)
+        clock.now += 0.5
+    assert seen == [5, 6, 7, 8]
+    text = "stage: 4/4 steps, 2 a second, 0:00:00 left"
+    assert clock.text().rstrip() == text
+
+
+def test_advice_about_days_is_for_a_cpu(monkeypatch):
+    monkeypatch.setattr(S, "progress_line", Mock())
+    run_trunk = Mock(side_effect=lambda *_, progress, **__: progress("done", 1, 2))
+    monkeypatch.setattr(S, "trunk_features", run_trunk)
+    args, _ = S.parse_arguments("--dataset cifar10 --arch vit_tiny --tune last".split())
+    for device, named in (("cpu", True), ("cuda", False)):
+        args.device = device
+        S.cached_splits(args, None, {"train": (X, Y)})
+        advice = S.progress_line.call_args.kwargs["advice"]
+        assert all((text in advice) == named for text in ("days", "vit_tiny", "--limit"))
+        assert S.progress_line.call_args.args == ("trunk, train split, done", "images")
 
 
 def test_progress_of_nothing_says_nothing(capsys):
@@ -1165,9 +1533,161 @@ def test_settings_reach_what_they_set(run, monkeypatch):
     assert sae.kwargs.items() >= dict(epochs=4, min_steps=9).items()
 
 
-def test_augmented_digits_and_arms_that_share_no_seed(run):
-    first = run("--limit", 99, "--augment", "flip-crop", *QUICK[2:], "--arms", "sae-ception")
-    run("--resume", first.folder, "--seeds", 1, "--arms", "control")
+def test_the_papers_choices_reach_what_they_set_and_a_resumed_run_keeps_them(run, monkeypatch):
+    monkeypatch.setattr(S, "fit", Mock(wraps=S.fit))
+    monkeypatch.setattr(S, "saeception", Mock(wraps=S.saeception))
+    choices = "--restart --optimizer sgd --precision bfloat16 --aux-loss cosine --tune all".split()
+    first = run("--arch", "mlp", *QUICK, *choices, "--cycles", 1)
+    for flags in ([], ["--cycles", 2]):  # as at first, and resumed
+        if flags:
+            run("--resume", first.folder, *flags)
+        assert S.saeception.call_args.kwargs["restart"] is True
+        assert S.fit.call_args.kwargs["optimizer"] == "sgd"
+        assert S.fit.call_args.kwargs["aux_loss"] == "cosine"
+        assert type(S.fit.call_args.args[0]) is S.MixedPrecision
+    assert len(rows_of(first.folder)) == 5
+    again = run("--resume", first.folder, "--optimizer", "adam", status=2)
+    assert "the run has optimizer = sgd; leave this option out" in again.err
+    run("--arch", "mlp", *QUICK, "--cycles", 0)
+    assert S.saeception.call_args.kwargs["restart"] is False
+    assert S.fit.call_args.kwargs["optimizer"] == "adam"
+    assert type(S.fit.call_args.args[0]) is nn.Sequential
+
+
+def test_settings_of_the_trunk_pass_reach_it(cifar, tmp_path, run, monkeypatch):
+    trunk_pass = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(S, "trunk_features", trunk_pass)
+    flags = ["--dataset", "cifar10", "--arch", "vit_tiny", "--data-dir", cifar, "--tune", "last"]
+    flags += "--image-size 48 --batch-size 7 --workers 3 --compile --precision bfloat16".split()
+    assert "interrupted" in run(*flags, status=130).err
+    trunk, images, folder = trunk_pass.call_args.args
+    assert images.shape == (270, 3, 32, 32) and folder == cifar / "features" / "vit_tiny"
+    expected = dict(device="cpu", batch_size=7, workers=3, compiled=True, bfloat16=True, size=48)
+    assert trunk_pass.call_args.kwargs.items() >= (expected | dict(rank=0, world_size=1)).items()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(*flags[:8], "--cache-dir=~/cache", status=130)
+    assert trunk_pass.call_args.args[2] == tmp_path / "cache" / "vit_tiny"
+    expected = dict(compiled=False, bfloat16=False, size=32, batch_size=64)  # the defaults
+    assert trunk_pass.call_args.kwargs.items() >= expected.items()
+
+
+def test_seeds_differ_in_their_first_weights_where_no_trunk_is_cached():
+    for tune in ("all", "last"):
+        args, _ = S.parse_arguments(f"--dataset cifar10 --arch vit_tiny --tune {tune}".split())
+        (trunk, model), (_, again), (_, other) = (S.build(args, 10, seed) for seed in (0, 0, 1))
+        assert same_parameters(model, again)
+        assert same_parameters(model, other) == (tune == "last")
+        assert hasattr(model, "trunk") == (tune == "all")
+
+
+def test_augmented_digits_are_flipped_and_shifted_by_four_pixels_at_most(run, monkeypatch):
+    monkeypatch.setattr(S, "fit", Mock(wraps=S.fit))
+    run("--limit", 99, "--augment", "flip-crop", *QUICK[2:], "--cycles", 0)
+    augment, images = S.fit.call_args.kwargs["augment"], S.fit.call_args.args[2]
+    assert images.shape == (99, 1, 28, 28)
+    ramp = torch.arange(1, 29)[:, None] * 100 + torch.arange(1, 29)  # row and column of each pixel
+    shifts, flips = set(), 0
+    for _ in range(300):
+        changed = augment(ramp[None])[0]
+        assert changed.shape == (28, 28)
+        row, column = changed[14, 14].item() // 100, changed[14, 14].item() % 100
+        flipped = bool(changed[14, 15] < changed[14, 14])
+        flips += flipped
+        shifts |= {(row - 15, "row"), (29 - column - 15 if flipped else column - 15, "column")}
+    assert 100 < flips < 200
+    assert shifts == {(n, name) for n in range(-4, 5) for name in ("row", "column")}
+
+
+def test_arms_that_share_no_seed_have_no_difference(run):
+    first = run(*MLP, "--cycles", 1, "--arms", "sae-ception")
+    more = run("--resume", first.folder, "--seeds", 1, "--arms", "control")
+    rows = [(row["seed"], row["arm"]) for row in rows_of(first.folder)]
+    assert rows == [(0, "baseline"), (0, "sae-ception"), (1, "baseline"), (1, "control")]
+    assert "difference" not in more.out and "mean     0    baseline" in more.out
+
+
+def test_one_validation_image_is_no_reason_to_warn(tmp_path, run, recwarn):
+    data = write_photos(tmp_path / "data")
+    for file in data.glob("train/*/*"):
+        if int(file.name[:2]) > 5:
+            file.unlink()  # 12 are left: a tenth of them is one
+    done = run(*PHOTOS, "--data-dir", data, "--cycles", 1, "--workers", 0)
+    rows = rows_of(done.folder)
+    assert rows[0]["val_silhouette"] is None and rows[0]["silhouette"] is not None
+    assert "difference" in done.out and "Warning" not in done.err
+    assert not [w for w in recwarn.list if issubclass(w.category, RuntimeWarning)]
+
+
+def test_paths_may_start_at_home_and_are_good_from_other_folders(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    flags = "--dataset cifar10 --data-dir=~/a --cache-dir=~/b --weights=~/c --out-dir=~/d"
+    args, _ = S.parse_arguments(flags.split())
+    found = [args.data_dir, args.cache_dir, args.weights, args.out_dir]
+    assert found == [str(tmp_path / "home" / name) for name in "abcd"]
+    args, _ = S.parse_arguments("--dataset cifar10 --data-dir a --weights c".split())
+    assert [args.data_dir, args.weights] == [str(tmp_path / "a"), str(tmp_path / "c")]
+    for word in ("auto", "none"):
+        assert S.parse_arguments(["--dataset", "cifar10", "--weights", word])[0].weights == word
+    write_mnist(tmp_path / "data")
+    flags = ["--dataset", "mnist", "--data-dir", "data", "--cycles", 0, *QUICK, "--out-dir=~/runs"]
+    run(*flags)
+    (folder,) = tmp_path.glob("home/runs/*")
+    assert not (tmp_path / "~").exists()
+    monkeypatch.chdir("/")
+    run(f"--resume=~/runs/{folder.name}", "--cycles", 1)
+    assert len(rows_of(folder)) == 3
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize("values, place", [
+    ({}, (0, 1)),
+    ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),  # as some launchers leave them
+    ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+    (dict(zip(TORCHRUN, ("3", "4", "host", "29500"), strict=True)), (3, 4)),
+    (dict(zip(TORCHRUN, ("0", "4", "host", "29500"), strict=True)), (0, 4)),
+    ({"RANK": "1"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set: start with torchrun"),
+    ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not set"),
+    (dict(zip(TORCHRUN, ("0", "2", "host", ""), strict=True)), "error: MASTER_PORT not set"),
+])  # fmt: skip
+def test_variables_of_torchrun_are_all_set_or_none(values, place, run, monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(place, str):
+        assert place in run(status=2).err
+    else:
+        assert S.place_in_torchrun() == place
+
+
+@pytest.mark.parametrize("error, status, message", [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (torch.OutOfMemoryError("CUDA"), 1, "the GPU's memory is full: lower --batch-size"),
+    (UnicodeDecodeError("utf-8", b"x", 0, 1, "why"), 2, "why"),  # a kind of ValueError
+    (FloatingPointError("diverged"), 1, "diverged"),
+    (FileNotFoundError("lost"), 1, "lost"),
+])  # fmt: skip
+def test_foreseen_errors_are_one_line_and_an_exit_status(error, status, message, run, monkeypatch):
+    monkeypatch.setattr(S, "load_data", Mock(side_effect=error))
+    assert run(status=status).err.rstrip().endswith(message)
+
+
+def test_small_networks_use_one_thread_unless_told_otherwise(run, monkeypatch):
+    threads = Mock()
+    monkeypatch.setattr(torch, "set_num_threads", threads)
+    monkeypatch.setattr(S, "load_data", Mock(side_effect=KeyboardInterrupt))
+    for number, called in ((None, True), ("2", False)):
+        threads.reset_mock()
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if number is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", number)
+        run("--arch", "mlp", status=130)
+        assert threads.called == called
+    run("--dataset", "cifar10", "--arch", "vit_tiny", status=130)
+    assert not threads.called
 
 
 def test_metrics_that_are_not_defined_are_null(run):
@@ -1295,6 +1815,9 @@ def test_photos_end_to_end(tmp_path, run):
         os.utime(file)  # a copy or a checkout does so; the photos are the same
     run("--resume", folder)
     assert kept() == after and rows_of(folder) == rows
+    data = data.rename(tmp_path / "moved")
+    run("--resume", folder, "--data-dir", data)
+    assert kept() == after and rows_of(folder) == rows
     next(data.glob("train/dog/*")).unlink()
     assert "are not the run's" in run("--resume", folder, status=2).err
 
@@ -1325,6 +1848,16 @@ def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypat
     ("--cycles few", 2, "--cycles: invalid int value: 'few'"),
     ("--arch mlp --layer trunk.1 --limit 99 --baseline-epochs 0 --sae-min-steps 0", 2,
      "nothing that is trained is in or below layer 'trunk.1'"),
+    ("--cycles -1", 2, "--cycles: -1 has to be at least 0"),
+    ("--lr nan", 2, "--lr: nan has to be at least 0"),
+    ("--aux-weight inf", 2, "--aux-weight: inf has to be"),
+    ("--l1 -0.1", 2, "--l1: -0.1 has to be at least 0"),
+    ("--epochs 0", 2, "--epochs: 0 has to be at least 1"),
+    ("--seeds 12345678901234567890", 2, "--seeds: 12345678901234567890 has to be"),
+    ("--top-k 513", 2, "--top-k and --sae-k have to be at most --d-sae, 512"),
+    ("--resume {file}", 2, "no run in .*/file .*name the folder of a run"),
+    ("--dataset cifar10 --arch vit_tiny --data-dir {cifar} --tune last --cache-dir {file}/x", 1,
+     "cannot write to .*/file/x/vit_tiny .*--cache-dir"),
     ("--limit -1", 2, "--limit: -1 has to be at least 1"),
     ("--sae topk --sae-k 600", 2, "--sae-k have to be at most --d-sae, 512"),
     ("--arch mlp --layer nosuch", 2, "the layers are trunk, trunk.0, trunk.1, fc1, relu1, fc2,"),
@@ -1374,17 +1907,33 @@ def test_help_shows_every_option_with_the_default_of_its_data_set(arguments, def
         assert f"(default: {value})" in texts[name.replace("_", "-")]
 
 
+def global_names(code):
+    """The global names that a piece of code and all functions within it look up."""
+    names = {
+        i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= global_names(constant)
+    return names
+
+
 def test_the_method_works_without_what_is_below_it_and_with_torch_alone():
     namespace, method = {}, (HERE / "saeception.py").read_text().split("# === 7. ")[0]
     others = r"^(import numpy|import torchvision|from PIL|from torchvision).*\n"
-    exec(compile(re.sub(others, "", method, flags=re.M), "method", "exec"), namespace)
+    code = compile(re.sub(others, "", method, flags=re.M), "method", "exec")
+    exec(code, namespace)
     *_, alone = namespace["saeception"](small_net(), "1", DATA, DATA, **OPTIONS)
     assert untimed(alone["rows"]) == untimed(final(small_net(), DATA, DATA)["rows"])
+    of_classes = {"__name__", "__module__", "__qualname__"}
+    assert global_names(code) <= namespace.keys() | vars(builtins).keys() | of_classes
 
 
-def test_the_example_of_the_readme(capsys):
-    text = (HERE / "README.md").read_text()
-    example = re.search(r"<!-- example -->\n```python\n(.*?)```", text, re.S)[1]
-    exec(compile(example, "README.md", "exec"), {})
-    rows = capsys.readouterr().out.strip().splitlines()
-    assert "sae-ception" in rows[-2] and "control" in rows[-1]
+def test_the_examples_of_the_readme(capsys):
+    text, namespace = (HERE / "README.md").read_text(), {}
+    first, second, *others = re.findall(r"```python\n(.*?)```", text, re.S)
+    for example, arms in ((first, ["sae-ception", "control"]), (second, ["next-class", "control"])):
+        exec(compile(example, "README.md", "exec"), namespace)
+        rows = capsys.readouterr().out.strip().splitlines()
+        assert [row.split()[2] for row in rows[-2:]] == arms
+    assert not others
