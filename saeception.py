@@ -1153,8 +1153,9 @@ def trunk_features(
     if compiled:
         run = partial(run_compiled, torch.compile(trunk), batch_size)
     n_images, n_done, parts = sum(map(len, index_batches)), 0, []
-    progress("done", 0, n_images)
     for batch, pixels in zip(index_batches, pixel_batches, strict=True):
+        if n_done == 0:  # now, as the start of the processes says nothing about the rate
+            progress("done", 0, n_images)
         if device == "cuda":
             pixels = pixels.pin_memory()  # else the copy would wait for the batch before
         pixels = pixels.to(device, non_blocking=True)
@@ -1596,10 +1597,12 @@ def cached_splits(
     options = {key: vars(args)[key] for key in ("device", "batch_size", "workers")}
     options |= {"bfloat16": args.precision == "bfloat16", "compiled": args.compile}
     options |= {"size": args.image_size, "rank": rank, "world_size": world_size}
-    advice = (
-        "this takes days; on this machine try --dataset cifar10 --arch vit_tiny, or "
-        "--dataset imagenet --arch convnextv2_atto --image-size 224, or less with --limit"
-    )
+    advice = ""
+    if args.device == "cpu":
+        advice = (
+            "this takes days; on this machine try --dataset cifar10 --arch vit_tiny, or "
+            "--dataset imagenet --arch convnextv2_atto --image-size 224, or less with --limit"
+        )
     result = {}
     for split, (images, y) in splits.items():
         reports = {}
