@@ -1051,6 +1051,7 @@ def photo_batches(
     with 16 processes, on 16 cores). OSError names a photo that cannot be read."""
     # As lists of arrays they come through pipes. Tensors would need shared memory, of which a
     # container has 64 MB: two batches.
+    workers = min(workers, len(index_batches))  # none where all features are there
     loader = DataLoader(
         Photos(paths, size), batch_sampler=index_batches, num_workers=workers, collate_fn=list
     )
