@@ -37,16 +37,15 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def markdown(rows, by, fields=FIELDS, heading=True):
+def markdown(rows, by, fields=FIELDS):
     """A line for each value of the keys `by`, in the order in which they come: mean ± standard
     deviation over the rows that share it."""
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in by), []).append(row)
     fields = {key: field for key, field in fields.items() if key in rows[0]}
-    if heading:
-        print("| " + " | ".join([*by, "seeds", *(name for name, _ in fields.values())]) + " |")
-        print("|" + "---|" * (len(by) + 1 + len(fields)))
+    print("| " + " | ".join([*by, "seeds", *(name for name, _ in fields.values())]) + " |")
+    print("|" + "---|" * (len(by) + 1 + len(fields)))
     for name, group in groups.items():
         cells = [*map(str, name), str(len(group))]
         for key, (_, digits) in fields.items():

@@ -23,10 +23,10 @@ except ImportError:
     L = None
 
 
-def sae_lens(h, d_sae, k, l1, epochs, lr=1e-3, batch_size=256):
+def sae_lens(h, d_sae, k, l1, epochs, lr=1e-3, batch_size=256, seed=0):
     """SAELens's own training SAE with its defaults, but better here than with its trainer's: b_dec
     starts at the mean, and gradients are not clipped (else most features die in so few steps)."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = dict(d_in=h.shape[1], d_sae=d_sae)
     if k is None:
         sae = L.StandardTrainingSAE(L.StandardTrainingSAEConfig(**shape, l1_coefficient=l1))
@@ -34,7 +34,7 @@ def sae_lens(h, d_sae, k, l1, epochs, lr=1e-3, batch_size=256):
         sae = L.TopKTrainingSAE(L.TopKTrainingSAEConfig(**shape, k=k))
     sae.b_dec.data = h.mean(0)
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
-    order, silent = S.batches(len(h), batch_size, epochs, 0), torch.zeros(d_sae)
+    order, silent = S.batches(len(h), batch_size, epochs, seed), torch.zeros(d_sae)
     for step, index in enumerate(order, 1):
         optimizer.param_groups[0]["lr"] = lr * min(1, 5 * (1 - step / len(order)))
         out = sae.training_forward_pass(
