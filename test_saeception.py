@@ -17,11 +17,12 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
 from types import CodeType, SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ import torch
 import torch.distributed.run
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -942,7 +943,8 @@ def test_networks_have_the_official_size_and_weights(arch, size, url, tmp_path, 
         trunk, model, _ = build("none")
         with pytest.raises(OSError, match=f"{place}{url} .no route.* {tmp_path}"):
             build()
-    assert download.call_args.args == (place + url,)
+    options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+    assert download.call_args == call(place + url, **options)
     assert sum(p.numel() for part in (trunk, model) for p in part.parameters()) == size
 
 
@@ -1020,6 +1022,41 @@ def write_mnist(root):
         head, labels_head = struct.pack(">4i", 0x803, n, 28, 28), struct.pack(">2i", 0x801, n)
         (raw / f"{name}-images-idx3-ubyte").write_bytes(head + images[part].tobytes())
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels_head + y[part].tobytes())
+
+
+def test_digits_are_glyphs_turned_sheared_resized_and_shifted_with_noise():
+    images, y = S.render_digits(50, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(y, torch.randint(10, (50,), generator=generator))
+    uniform = torch.rand(5, 50, generator=generator)
+    noise = 0.1 * torch.randn(50, 1, 28, 28, generator=generator)
+    for n in (0, 1, 2):
+        canvas = Image.new("L", (56, 56))
+        ImageDraw.Draw(canvas).text((28, 28), str(y[n].item()), 255, font_size=52, anchor="mm")
+        u = uniform[:, n].tolist()
+        angle, shear, size = 0.7 * u[0] - 0.35, 0.4 * u[1] - 0.2, 0.7 + 0.3 * u[2]
+        right, down = 14 * (0.3 * u[3] - 0.15), 14 * (0.3 * u[4] - 0.15)  # in pixels
+        cos, sin = math.cos(angle), math.sin(angle)
+        # Pillow's affine map: from the centre of a pixel to a place on the glyph, twice as large.
+        a, b, d, e = (2 * k / size for k in (cos, sin + shear, -sin, cos))
+        c = 28 + 2 * right / size - 14 * (a + b)
+        f = 28 + 2 * down / size - 14 * (d + e)
+        map_, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+        ink = np.asarray(canvas.transform((28, 28), map_, (a, b, c, d, e, f), bilinear)) / 255
+        expected = 255 * np.clip(ink + noise[n, 0].numpy(), 0, 1)
+        assert abs(images[n, 0].numpy() - expected).mean() < 2  # of 255; they round differently
+
+
+def test_splits_have_the_sizes_of_the_paper_and_the_same_images_for_all_seeds(monkeypatch):
+    splits, names = S.load_data("digits", "nowhere")
+    assert [len(splits[name][1]) for name in ("train", "val", "test")] == [10_000, 2000, 2000]
+    assert names == list("0123456789")
+    many = torch.arange(300_000), torch.zeros(300_000).long(), ["a"]
+    monkeypatch.setattr(S, "load_files", lambda *_, train: many)
+    splits, _ = S.load_data("imagenet", "nowhere", limit=None)
+    order = torch.randperm(300_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(splits["val"][0], order[:25_000])
+    assert torch.equal(splits["train"][0], order[25_000:])
 
 
 def test_mnist_files_are_read_shuffled_and_split(tmp_path):
@@ -1230,6 +1267,8 @@ def test_features_belong_to_the_content_of_photos_not_to_their_names(tmp_path):
     v2.functional.to_pil_image(255 - images[1]).save(paths[1])  # of the same size in bytes
     seen, again = trunk_pass(paths, folder, size=4, workers=0)
     assert seen == 3 and (again != x).any(1).tolist() == [False, True, False]
+    for size, expected in ((4, 3), (5, 3), (5, 0)):  # a trunk may take other sizes, too
+        assert trunk_pass(images, folder, size=size)[0] == expected
     paths[1] = str(tmp_path / "gone.bmp")
     with pytest.raises(OSError, match="cannot read the image .*gone.bmp .*No such file"):
         trunk_pass(paths, folder, size=4, workers=0)
@@ -1293,14 +1332,22 @@ sys.exit(S.main({[*PHOTOS, "--data-dir", str(write_photos(tmp_path)), "--workers
         assert "Traceback" not in out
 
 
-def test_a_folder_that_cannot_be_written_is_found_out_before_the_first_batch(tmp_path):
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_first_batch(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     done = []
     trunk = small_trunk()
-    trunk.register_forward_pre_hook(lambda *call: done.append(call))
+    trunk.register_forward_pre_hook(lambda *_: done.append(1))
     with pytest.raises(OSError, match=f"cannot write to {tmp_path}/file/features .*--cache-dir"):
         S.trunk_features(trunk, random_images(3, 4), tmp_path / "file" / "features")
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=PermissionError("denied")))
+    with pytest.raises(OSError, match=f"cannot write to {tmp_path} .denied.*--cache-dir"):
+        S.trunk_features(trunk, random_images(3, 4), tmp_path)  # it is there, but not ours
     assert done == []
+
+
+def test_features_are_those_of_eval_mode(tmp_path):
+    images, trunk = random_images(3, 4), nn.Sequential(small_trunk(), nn.Dropout())
+    assert_close(S.trunk_features(trunk, images, tmp_path), small_trunk()(images).detach())
 
 
 def test_progress_tells_of_one_image_and_then_of_each_batch(tmp_path):
@@ -1382,6 +1429,22 @@ def test_distances_are_a_picture_sorted_by_class_dark_where_they_are_small(tmp_p
     y = torch.arange(25).repeat_interleave(31)  # 30 examples each of the first 20 classes
     S.draw_clusters(tmp_path / "c.png", {"": torch.rand(775, 2)}, y, [f"name{i}" for i in y])
     assert Image.open(tmp_path / "c.png").size == (90 + 620, 650)
+
+
+def test_pictures_name_what_they_show(tmp_path, monkeypatch):
+    texts = []
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda _, place, text, **__: texts.append(text)
+    )
+    names, y = [f"the class {c}" for c in range(25)], torch.arange(25).repeat(2)
+    z = F.one_hot(y) * torch.arange(1.0, 51)[:, None]
+    S.draw_clusters(tmp_path / "c.png", {"left": z, "right": z}, y, names)
+    assert texts == ["left", "right", *(name[:12] for name in names[:20])]
+    texts.clear()
+    S.draw_features(tmp_path / "f.png", "the title", z, y, names, random_images(50, 8), None)
+    assert texts[0] == "the title" and len(texts) == 1 + 20 * 3  # three features of 20 classes
+    assert texts[1::3] == [f"the class {c}: feature {c}, mean {c + 13.5:.2f}" for c in range(20)]
+    assert Image.open(tmp_path / "f.png").size == (1318, 35 + 80 * 20)
 
 
 def test_pictures_show_each_class_in_its_colour_and_the_strongest_images_first(tmp_path):
@@ -1499,12 +1562,13 @@ def test_what_takes_days_is_said_once_with_advice(clock):
 
 def test_steps_are_shown_with_their_stage(clock):
     seen = []
-    for step in S.show_progress([5, 6, 7, 8], "stage"):
+    for step in S.show_progress(range(60), "stage"):
         seen.append(step)
         clock.now += 0.5
-    assert seen == [5, 6, 7, 8]
-    text = "stage: 4/4 steps, 2 a second, 0:00:00 left"
-    assert clock.text().rstrip() == text
+    assert seen == [*range(60)]
+    first, last = clock.text().splitlines()
+    assert first.rstrip() == "stage: 20/60 steps, 2 a second, 0:00:20 left"  # after 10 s
+    assert last.rstrip() == "stage: 60/60 steps, 2 a second, 0:00:00 left"
 
 
 def test_advice_about_days_is_for_a_cpu(monkeypatch):
@@ -1545,10 +1609,29 @@ def test_run_end_to_end(tmp_path, run):
     resumed = run("--resume", folder)
     assert resumed.out == first.out and "SAE" not in resumed.err  # nothing is trained anew
     assert rows_of(folder) == results["rows"]
-    run("--resume", folder, "--precision", "auto")
+    run("--resume", folder, *"--precision auto --device cpu --workers 0".split())
     assert "the run has top_k = 8" in run("--resume", folder, "--top-k", 9, status=2).err
     (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:100])
     assert "no run in" in run("--resume", folder, status=2).err
+
+
+def test_the_pictures_of_a_run_are_of_its_last_networks(run, monkeypatch):
+    for name in ("draw_clusters", "draw_features"):
+        monkeypatch.setattr(S, name, Mock(wraps=getattr(S, name)))
+    folder = run(*MLP, "--cycles", 2, "--seeds", 1, 0, "--arms", "class-mean", "control").folder
+    last = {row["arm"]: row for row in rows_of(folder) if row["seed"] == 1}
+    titles = {
+        arm: f"{arm}, cycle {row['cycle']}: silhouette of z {row['silhouette']:.3f}"
+        for arm, row in last.items()
+    }
+    path, codes, y, names = S.draw_clusters.call_args.args
+    assert path == folder / "clusters.png" and names == list("0123456789")
+    assert [*codes] == [titles[arm] for arm in ("baseline", "class-mean", "control")]
+    for title, row in zip(codes, last.values(), strict=True):
+        assert_close(S.silhouette_score(codes[title], y), row["silhouette"])
+    path, title, z, *_ = S.draw_features.call_args.args
+    assert path == folder / "features.png" and title == f"seed 1, {titles['class-mean']}"
+    assert torch.equal(z, codes[titles["class-mean"]])  # of the first of --arms
 
 
 def test_settings_reach_what_they_set(run, monkeypatch):
@@ -1721,7 +1804,7 @@ def test_small_networks_use_one_thread_unless_told_otherwise(run, monkeypatch):
         if number is not None:
             monkeypatch.setenv("OMP_NUM_THREADS", number)
         run("--arch", "mlp", status=130)
-        assert threads.called == called
+        assert threads.call_args_list == [call(1)] * called
     run("--dataset", "cifar10", "--arch", "vit_tiny", status=130)
     assert not threads.called
 
@@ -1920,9 +2003,21 @@ def help_text(*arguments):
     return {text.split()[0]: " ".join(text.split()) for text in texts}
 
 
+def test_imagenets_own_head_needs_all_thousand_classes(tmp_path):
+    for c in range(999):
+        (tmp_path / "train" / f"n{c}").mkdir(parents=True)
+    (tmp_path / "train" / "cat").mkdir()
+    for preset in ("convnext_new_head", "convnext"):
+        found = S.preset_of("imagenet", "convnextv2_atto", str(tmp_path))
+        assert found is S.PRESETS[preset]
+        (tmp_path / "train" / "n999").mkdir(exist_ok=True)
+
+
 @pytest.mark.parametrize("arguments, defaults", [
-    ("", dict(d_sae=512, l1=1.0, sae_k=16, layer="norm", epochs=2, lr=0.0005, top_k=25, cycles=3)),
-    ("--arch mlp", dict(d_sae=256, l1=0.1, layer="relu1", epochs=8, batch_size=128, lr=0.002)),
+    ("", dict(d_sae=512, l1=1.0, sae_k=16, layer="norm", epochs=2, lr=0.0005, top_k=25, cycles=3,
+              aux_weight=1.0, sae_epochs=10, sae_min_steps=1000, baseline_epochs=8, batch_size=64)),
+    ("--arch mlp", dict(d_sae=256, l1=0.1, layer="relu1", epochs=8, batch_size=128, lr=0.002,
+                        aux_weight=1.0, sae_epochs=10, baseline_epochs=8)),
     ("--dataset mnist", dict(arch="mlp", d_sae=256, layer="relu1", baseline_epochs=8, sae_k=8)),
     ("--dataset cifar10", dict(arch="vit_h_14", d_sae=5120, image_size=384, tune="last", sae_k=32,
                                sae_epochs=5, baseline_epochs=3, epochs=3, weights="auto")),
