@@ -79,6 +79,7 @@ def main():
     parser.add_argument("dataset", choices=["mnist", "digits"])
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--only", default="", help="targets whose names start so, e.g. TopK")
     args = parser.parse_args()
     path = f"runs/because-{args.dataset}.jsonl"
     splits = report.inputs(args.dataset, args.data_dir)
@@ -86,7 +87,7 @@ def main():
     for seed in args.seeds:
         baselines = {}
         for name, rule, weight in TARGETS:
-            if (seed, name) in done:
+            if (seed, name) in done or not name.startswith(args.only):
                 continue
             sae_k = 16 if name.startswith("TopK") else None
             torch.manual_seed(seed)
