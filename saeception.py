@@ -199,8 +199,9 @@ def train_sae(
                 optimizer.step()
                 W_dec.div_(W_dec.norm(dim=1, keepdim=True))
                 # Ours, in place of Bricken et al.'s resampling: a feature that the batch does not
-                # use gets no gradient; its bias rises until it is used. (Without it 14% of the
-                # features of the MLP are dead after 2,000 steps.)
+                # use gets no gradient; its bias rises, in steps that suit the norm of h,
+                # sqrt(d_in), until it is used. (Without it 14% of the features of the MLP are dead
+                # after 2,000 steps.)
                 unused = z.sum(0) == 0  # (d_sae,)
                 sae.b_enc += 0.1 * lr * fall * math.sqrt(d_in) * unused
 
@@ -317,7 +318,8 @@ def class_mean(
     x: Tensor, y: Tensor, n_classes: int, encode: Callable = Tensor.float, chunk: int = 2048
 ) -> Tensor:
     """The mean of encode(x) over each class, [n_classes, ...], for x [N, D] and y [N]; zeros for a
-    class without examples. In chunks, as z, wider than h, may not fit into memory as a whole."""
+    class without examples. In chunks, as z, wider than h, may not fit into memory as a whole: of
+    5,120 features 2,048 rows are 42 MB."""
     total = 0
     y = class_numbers(y, n_classes)
     if len(y) != len(x):
