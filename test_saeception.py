@@ -983,6 +983,30 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         S.cifar10_vit("vit_tiny", 32, 10, str(tmp_path / "w.pt"))
 
 
+class Intruder:
+    """Pickled, it makes the folder, as soon as somebody loads it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_weights_file_cannot_run_code(tmp_path):
+    torch.save({"model": Intruder(str(tmp_path / "folder"))}, tmp_path / "w.pt")
+    with pytest.raises(OSError, match="cannot use the weights"):
+        S.cifar10_vit("vit_tiny", 32, 10, str(tmp_path / "w.pt"))
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("arch, patches", [("vit_h_14", 27**2), ("vit_b_16", 24**2)])
+def test_vits_take_as_many_patches_as_fit_into_384_pixels(arch, patches):
+    with torch.device("meta"):
+        trunk, _, _ = S.cifar10_vit(arch, weights="none")
+    assert trunk[-1].encoder.pos_embedding.shape[1] == patches + 1
+
+
 def test_the_small_networks_take_pixels_from_0_to_1_to_a_named_layer():
     images = random_images(4, 28)[:, :1]
     pixels = images / 255
@@ -1078,6 +1102,15 @@ def test_mnist_files_are_read_shuffled_and_split(tmp_path):
         file.write_bytes(file.read_bytes()[:size])
         with pytest.raises(OSError, match=f"download mnist .*delete {file.parent}, .*start again"):
             S.load_data("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("dataset, kind", [("mnist", "MNIST"), ("cifar10", "CIFAR10")])
+def test_data_that_are_not_there_are_downloaded(dataset, kind, tmp_path, monkeypatch):
+    download = Mock(side_effect=OSError("no route"))
+    monkeypatch.setattr(torchvision.datasets, kind, download)
+    with pytest.raises(OSError, match=f"download {dataset} in {tmp_path} .no route."):
+        S.load_data(dataset, tmp_path)
+    assert download.call_args == call(tmp_path, train=True, download=True)
 
 
 @pytest.fixture
@@ -1450,13 +1483,14 @@ def test_pictures_name_what_they_show(tmp_path, monkeypatch):
 def test_pictures_show_each_class_in_its_colour_and_the_strongest_images_first(tmp_path):
     y, colours = (torch.arange(40) < 10).long(), [(226, 18, 18), (12, 150, 150)]
     z = torch.eye(2)[y] * torch.linspace(1, 2, 40)[:, None]  # feature c is that of class c
+    z[39, 1] = 3  # but an image of class 0 drives feature 1 most
     images = (6 * torch.arange(40)).byte()[:, None, None, None].expand(-1, 1, 9, 9)
     S.draw_features(tmp_path / "f.png", "the title", z, y, ["a", "b"], images, 9)
     picture = Image.open(tmp_path / "f.png")
-    for c, strongest in enumerate((range(39, 31, -1), range(9, 1, -1))):
+    for c, strongest in enumerate((range(39, 31, -1), (39, *range(9, 2, -1)))):
         for i, n in enumerate(strongest):
             left, top = 10 + 52 * i, 56 + 80 * c
-            assert abs(np.array(picture.getpixel((left, top))) - colours[c]).max() < 3
+            assert abs(np.array(picture.getpixel((left, top))) - colours[y[n]]).max() < 3
             assert picture.getpixel((left + 25, top + 25)) == (6 * n,) * 3
 
 
@@ -1507,6 +1541,7 @@ def test_results_are_json_that_other_programs_read(tmp_path):
     assert found["rows"] == 2 * [{"arm": "control", "a": 0.5, "b": None, "c": None, "d": 3}]
     assert found["config"] == {"device": "cpu", "lr": 0.1}
     environment = dict(torch=torch.__version__, numpy=np.__version__, python=sys.version.split()[0])
+    environment["threads"] = torch.get_num_threads()
     assert found["environment"].items() >= environment.items()
     saved = torch.load(tmp_path / "checkpoint.pt")
     assert saved["config"] == found["config"] and [*saved["states"]] == [0, 1]
@@ -1611,7 +1646,11 @@ def test_run_end_to_end(tmp_path, run):
     assert rows_of(folder) == results["rows"]
     run("--resume", folder, *"--precision auto --device cpu --workers 0".split())
     assert "the run has top_k = 8" in run("--resume", folder, "--top-k", 9, status=2).err
-    (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:100])
+    data = (folder / "checkpoint.pt").read_bytes()
+    old = {"config": results["config"], "states": {0: {"rows": [], "models": {}}}}
+    torch.save(old, folder / "checkpoint.pt")  # of another version
+    assert "no run in" in run("--resume", folder, status=2).err
+    (folder / "checkpoint.pt").write_bytes(data[:100])
     assert "no run in" in run("--resume", folder, status=2).err
 
 
@@ -1650,6 +1689,29 @@ def test_settings_reach_what_they_set(run, monkeypatch):
     sae = S.train_sae.call_args
     assert sae.args[1:3] == (40, 5)
     assert sae.kwargs.items() >= dict(epochs=4, min_steps=9).items()
+
+
+def test_the_sae_is_sparse_by_its_l1_unless_told_otherwise(run, monkeypatch):
+    monkeypatch.setattr(S, "train_sae", Mock(wraps=S.train_sae))
+    for flags, k, l1 in (([], None, 0.1), (["--sae-k", 4], None, 0.1), (["--l1", 2], None, 2.0)):
+        run(*MLP, "--cycles", 0, *flags)
+        assert S.train_sae.call_args.args[2] is k and S.train_sae.call_args.kwargs["l1"] == l1
+    run(*MLP, "--cycles", 0, "--sae", "topk")
+    assert S.train_sae.call_args.args[2] == 8
+
+
+def test_a_gpu_is_taken_if_there_is_one_with_bfloat16_where_the_trunk_is_frozen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", Mock())  # what finds out whether the device works
+    for flags, device, precision in (
+        ("--tune last", "cuda", "bfloat16"),
+        ("--tune all", "cuda", "float32"),
+        ("--tune all --precision bfloat16", "cuda", "bfloat16"),
+        ("--tune last --device cpu", "cpu", "float32"),
+    ):
+        args, _ = S.parse_arguments(["--dataset", "cifar10", *flags.split()])
+        assert [args.device, args.precision] == [device, precision]
+        assert torch.zeros.call_args == call(1, device=device)
 
 
 def test_the_papers_choices_reach_what_they_set_and_a_resumed_run_keeps_them(run, monkeypatch):
