@@ -1257,14 +1257,14 @@ COLUMNS = [  # of the table: key of a row, heading, width, digits after the poin
     ("davies_bouldin", "DB z", 7, 3),
     ("h_silhouette", "silh. h", 8, 3),
     ("h_uncertainty", "U h", 7, 3),
-    ("l0", "L0", 6, 1),
+    ("l0", "L0", 7, 1),
     ("fvu", "FVU", 7, 3),
     ("seconds", "seconds", 8, 0),
 ]
 
 
 def table(rows: list[dict], heading: bool = True) -> str:
-    """The rows of a state as text, 82 columns wide; all that was measured is in the rows."""
+    """The rows of a state as text, 83 columns wide; all that was measured is in the rows."""
     lines = []
     if heading:
         lines.append("".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS))

@@ -1350,6 +1350,7 @@ sys.exit(S.main({[*PHOTOS, "--data-dir", str(write_photos(tmp_path)), "--workers
                 + ["--batch-size", "2"]))
 """
     (tmp_path / "script.py").write_text(script)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if pytest was started by &
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(
         [sys.executable, tmp_path / "script.py"], cwd=tmp_path, start_new_session=True, **pipes
