@@ -21,10 +21,12 @@ import contextlib
 import copy
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import secrets
+import signal
 import sys
 import tempfile
 import threading
@@ -1092,16 +1094,29 @@ class Photos(Dataset):
 
 
 def end_with_parent(worker: int) -> None:
-    """Ends this process soon after the one that started it has been killed; else it would wait for
-    ever to hand over its photos."""
-    parent = os.getppid()
+    """Lets this process end when the one that started it has been killed, also if that was before
+    this call; else it would wait for ever to hand over its photos."""
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Within, Ctrl-C waits for the end, and processes that start within never get it. It reaches
+    all processes of a terminal; one that just starts would print a traceback, and this one, while
+    it hands them the first work, could leave a lock of theirs closed and then wait for ever."""
+    if os.name == "nt":  # Windows has no such mask
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def photo_batches(
@@ -1117,7 +1132,9 @@ def photo_batches(
         Photos(paths, size), batch_sampler=index_batches, num_workers=workers, collate_fn=list,
         worker_init_fn=end_with_parent,
     )  # fmt: skip
-    for photos in loader:
+    with interrupts_wait():
+        decoded = iter(loader)
+    for photos in decoded:
         for photo in photos:
             if isinstance(photo, OSError):
                 raise photo
