@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw, ImageFont
 import saeception as S
 
 SEEDS, CYCLES = range(3), 2
-SAE = {"l1": 1.0, "epochs": 1, "min_steps": 500}
 EPOCHS = (1, 2, 4, 8, 16)
 NETWORKS = [
     "cnn", "cnn, 16 units", "cnn, ReLU for LayerNorm", "cnn, no LayerNorm",
@@ -26,13 +25,15 @@ NETWORKS = [
 ]  # fmt: skip
 
 
-def one(splits, kind, baseline_epochs, seed, about, path):
+def one(splits, seed, about, path):
+    """Cycles of one network; `about` says which, and is kept in the rows."""
     torch.manual_seed(seed)
-    model, layer = report.small_network(kind)
+    model, layer = report.small_network(about["network"])
     *_, state = S.saeception(
         model, layer, splits["train"], splits["test"], 512, cycles=CYCLES, seed=seed,
-        baseline_epochs=baseline_epochs, fit_options={"epochs": 2, "lr": 5e-4},
-        sae_options=SAE, arms={arm: S.ARMS[arm] for arm in ("sae-ception", "control")},
+        baseline_epochs=about["epochs"], fit_options={"epochs": 2, "lr": 5e-4},
+        sae_options={"l1": about["l1"], "epochs": 1, "min_steps": 500},
+        arms={arm: S.ARMS[arm] for arm in ("sae-ception", "control")},
     )  # fmt: skip
     for row in state["rows"]:
         if row["cycle"] in (0, CYCLES):
@@ -82,6 +83,7 @@ def main():
     parser.add_argument("what", choices=["epochs", "networks"])
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--fashion-dir", default="fashion")
+    parser.add_argument("--l1", type=float, default=1.0, help="of the SAEs")
     parser.add_argument("--networks", default=NETWORKS, choices=NETWORKS, nargs="+")
     args = parser.parse_args()
     path = f"runs/regime-{args.what}.jsonl"
@@ -92,14 +94,13 @@ def main():
         places = {"MNIST": args.data_dir}
         jobs = [("MNIST", network, 8, seed) for network in args.networks for seed in SEEDS]
     splits = {data: report.inputs("mnist", place) for data, place in places.items()}
-    done = [
-        tuple(r[k] for k in ("data", "network", "epochs", "seed")) for r in report.rows_of(path)
-    ]
+    keys = ("data", "network", "epochs", "l1", "seed")
+    done = [tuple(row[key] for key in keys) for row in report.rows_of(path)]
     for data, network, epochs, seed in jobs:
-        if (data, network, epochs, seed) not in done:
-            about = {"data": data, "network": network, "epochs": epochs}
-            one(splits[data], network, epochs, seed, about, path)
-    rows = report.rows_of(path)
+        if (data, network, epochs, args.l1, seed) not in done:
+            about = {"data": data, "network": network, "epochs": epochs, "l1": args.l1}
+            one(splits[data], seed, about, path)
+    rows = [row for row in report.rows_of(path) if row["l1"] == args.l1]
     by = ["data", "epochs"] if args.what == "epochs" else ["network"]
     report.markdown(rows, [*by, "arm"])
     if args.what == "epochs":
