@@ -1,5 +1,6 @@
 """What the experiments share: inputs, one list of results in a file, and Markdown tables of it."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -57,6 +58,18 @@ def markdown(rows, by, fields=FIELDS):
                 text += f" ± {values.std(ddof=1):.{digits}f}"
             cells.append(text)
         print("| " + " | ".join(cells) + " |")
+
+
+def changed(function, piece, replacement):
+    """A function of saeception.py with one piece of its source replaced, which has to be there
+    exactly once."""
+    source = inspect.getsource(function)
+    found = source.count(piece)
+    if found != 1:
+        raise SystemExit(f"{piece!r} is {found} times in {function.__name__}: adapt the experiment")
+    names = dict(vars(S))
+    exec(source.replace(piece, replacement), names)
+    return names[function.__name__]
 
 
 def digit_factors(n=14_000, seed=0):
