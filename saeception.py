@@ -1134,11 +1134,14 @@ def photo_batches(
     )  # fmt: skip
     with interrupts_wait():
         decoded = iter(loader)
-    for photos in decoded:
-        for photo in photos:
-            if isinstance(photo, OSError):
-                raise photo
-        yield torch.from_numpy(np.stack(photos))
+    try:
+        for photos in decoded:
+            for photo in photos:
+                if isinstance(photo, OSError):
+                    raise photo
+            yield torch.from_numpy(np.stack(photos))
+    finally:
+        del decoded  # ends the processes, also where an error's traceback keeps this frame
 
 
 def write_whole(path: Path, write: Callable) -> None:

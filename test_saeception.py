@@ -1507,9 +1507,9 @@ def test_table_has_columns_that_stay_apart():
     assert (
         S.table(rows)
         == """\
-seed cycle         arm accuracy silh. z   DB z silh. h    U h    L0    FVU seconds
-  10     3 sae-ception   0.9877  -0.123 12.346   0.500 -0.021 -10.3 -0.018      13
-mean     1  difference   0.0000   0.000  0.000   0.000  0.000   0.0    nan       0"""
+seed cycle         arm accuracy silh. z   DB z silh. h    U h     L0    FVU seconds
+  10     3 sae-ception   0.9877  -0.123 12.346   0.500 -0.021  -10.3 -0.018      13
+mean     1  difference   0.0000   0.000  0.000   0.000  0.000    0.0    nan       0"""
     )
     assert S.table(rows[:1], heading=False) == S.table(rows).splitlines()[1]
 
