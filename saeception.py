@@ -7,7 +7,8 @@ The method: train an SAE on the activations h that a hook captures at a layer of
 (sections 1, 2), keep the top_k features of each class and decode them (3), train on with the result
 as a target for h (4), measure how well a fresh SAE separates the classes (5), repeat, beside a
 control without targets (6). These sections use only torch and nothing below them; sections 7 to 11
-run them on the paper's networks and data. What departs from the paper is marked "ours".
+run them on the paper's networks and data. What departs from the paper is marked "ours" (the whole
+list, with reasons: README.md).
 
 Result of `python saeception.py --seeds 0 1 2 3 4` after cycle 3 (CPU, torch 2.14): silhouette of h
 .75, control .55; of z .49, control .16; accuracy 1.00 in both (README.md has the other networks).
@@ -98,7 +99,7 @@ def check_finite(h: Tensor, name: str = "h") -> None:
 
 def sample_rows(x: Tensor, seed: int, size: int = 4096) -> Tensor:
     """`size` random rows of x [N, ...], or all of them, shuffled, if it has fewer. 4096 are enough
-    for a mean or a scale: their error is 1/64 of the standard deviation."""
+    for a mean or a scale: a mean is off by 1/64 of a standard deviation, 1 / sqrt(4096)."""
     generator = torch.Generator().manual_seed(seed)
     return x[torch.randperm(len(x), generator=generator)[:size]]
 
@@ -132,7 +133,7 @@ def train_sae(
     h: Tensor,  # activations [N, d_in], of any float type, on any device
     d_sae: int,  # number of features
     k: int | None = None,  # active features of an example, a TopK SAE; None: ReLU and L1
-    l1: float = 0.1,  # weight of the L1 norm of z; a TopK SAE does without
+    l1: float = 0.1,  # weight of the L1 norm of z (not for TopK), chosen on validation for the MLP
     epochs: int = 10,
     min_steps: int = 1000,  # more epochs where rows are few; 0 switches it off
     batch_size: int = 256,
@@ -142,9 +143,10 @@ def train_sae(
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
 ) -> SparseAutoencoder:
     """Train a fresh SAE, in float32; it comes back frozen. Inside, h has a mean squared norm of
-    d_in, so that one `l1` suits layers of any scale (unless h is far from zero). The recipe is ours
-    where no comment names another source. ValueError for an h that is not finite or does not vary
-    and for a k that does not fit, FloatingPointError for an SAE that is not finite."""
+    d_in, so that one `l1` suits layers of any scale (but a large mean of h would dominate it). The
+    recipe is ours where no comment names another source. ValueError for an h that is not finite or
+    does not vary and for a k that does not fit, FloatingPointError for an SAE that is not finite.
+    """
     h = h.detach()
     d_in = h.shape[1]
     if k is not None and not 1 <= k <= d_sae:
@@ -157,7 +159,8 @@ def train_sae(
         raise ValueError("h is the same for all examples: is the layer dead, or the wrong one?")
     scale = 1 / sample.square().mean().sqrt()
     if lr is None:
-        # Half of it costs 1 to 15% of loss. The root is as in Gao et al., figure 3.
+        # Half this rate gives a loss that is 1 to 15% higher (layers of 16 and 64 units). The root
+        # is as in Gao et al., figure 3.
         lr = 0.006 * math.sqrt(256 / d_sae)
     # An autocast of the caller's is off: it keeps copies of the weights and would miss our updates.
     with random_numbers(seed), torch.autocast(sample.device.type, enabled=False):
@@ -170,10 +173,10 @@ def train_sae(
             sae.b_enc.data = -1.28 * (sample * scale @ sae.W_enc.data).std(0)
         else:
             # Ours: in a wide layer random directions match no example, and their features die. So
-            # each starts turned towards a random example, the more, the wider the layer: of 1,280
-            # units 1% of the features die, not 9%. In narrow layers, where a large turn costs, it
-            # is hardly one. An encoder of half the decoder's size learns more in few steps than one
-            # of the same size: FVU .040 for .054 of 16 units, .417 for .431 of 1,280.
+            # each starts turned towards a random example, by d_in / 2000: much in a wide layer
+            # (1,280 units: 1% dead instead of 9%), almost nothing in a narrow one, where it would
+            # hurt. An encoder of half the decoder's size learns more in few steps than one of the
+            # same size: with 16 units FVU is .040 instead of .054, with 1,280 .417 instead of .431.
             examples = sample[torch.randint(len(sample), (d_sae,))]
             toward = F.normalize(examples - sample.mean(0), dim=1)
             sae.W_dec.data = F.normalize(sae.W_dec.data + d_in / 2000 * toward, dim=1)
@@ -319,9 +322,9 @@ def class_numbers(y: Tensor, n_classes: int | None = None) -> Tensor:
 def class_mean(
     x: Tensor, y: Tensor, n_classes: int, encode: Callable = Tensor.float, chunk: int = 2048
 ) -> Tensor:
-    """The mean of encode(x) over each class, [n_classes, ...], for x [N, D] and y [N]; zeros for a
-    class without examples. In chunks, as z, wider than h, may not fit into memory as a whole: of
-    5,120 features 2,048 rows are 42 MB."""
+    """The mean of encode(x) [N, D'] over each class of y [N], [n_classes, D'], for x [N, D]; zeros
+    for a class without examples. In chunks, as z, wider than h, may not fit into memory as a whole:
+    of 5,120 features 2,048 rows are 42 MB."""
     total = 0
     y = class_numbers(y, n_classes)
     if len(y) != len(x):
@@ -377,12 +380,13 @@ def fit(
     y: Tensor,  # class numbers [N]
     targets: Tensor | None = None,  # constants [N, d_in], on any device. None: the task alone
     weight: float = 1.0,  # of the auxiliary loss at the start; it falls to zero
-    aux_loss: str = "mse",  # or "cosine", that of the paper's code, which leaves the scale free
+    aux_loss: str = "mse",  # ours; or "cosine", the paper's, which leaves the scale of h free
     variance: float | None = None,  # of h, for "mse". None: that of the model as it comes
     epochs: int = 1,
     batch_size: int = 64,
     lr: float = 1e-3,
-    optimizer: str = "adam",  # or "sgd": momentum 0.9, weight decay 0.05, clipped to 1, the paper's
+    optimizer: str = "adam",  # or "sgd", that of the paper's large runs: momentum 0.9, weight
+    # decay 0.05, gradient norm clipped to 1
     augment: Callable | None = None,  # changes an input at random; its target stays the same
     seed: int = 0,  # of the batches, of dropout and of torch's random numbers in `augment`
     progress: Callable = iter,  # shows the steps that it iterates over, as tqdm.tqdm does
@@ -521,10 +525,10 @@ def _distances_by_products(x: Tensor, norm: Tensor, chunk: int) -> Tensor | None
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
     square = torch.addmm(norm[:chunk], x, x[:chunk].T, alpha=-2) + norm[:, None]
     rounding = square.diagonal().abs().max()  # a point's own distance should be 0
-    # A square that is not a thousand times the rounding, or is not finite, is computed again from
-    # the difference a - b. What is left has three digits at the least; averages have many more.
+    # Squares below a thousand times the rounding, or not finite, are computed again from the
+    # difference a - b. The others have three digits at the least; their averages have many more.
     inexact = ~(square > 1e3 * rounding)
-    n_inexact = inexact.sum() - chunk  # without each point with itself
+    n_inexact = inexact.sum() - chunk  # without the diagonal, where all are 0
     if n_inexact * x.shape[1] > 5 * square.numel():  # so many that all differences are faster
         return None
     row, column = inexact.nonzero(as_tuple=True)
@@ -600,7 +604,7 @@ def class_selectivity_index(z: Tensor, labels: Tensor) -> float:
 
 
 # === 6. Cycles ====================================================================================
-# targets = arm(sae, h, y)      fit(net, targets)      sae = train_sae(new h)      measure(net, sae)
+# targets = arm(sae, h, ...)    fit(net, targets)      sae = train_sae(new h)      measure(net, sae)
 # An arm is a function (sae, h [N, d_in], y [N], n_classes, top_k) -> targets [N, d_in], or None for
 # no targets. One SAE for each state: it measures a cycle, and makes the targets of the next.
 
@@ -639,23 +643,25 @@ def measure(model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: 
     h, logits, y = h.to(z), logits.to(z), class_numbers(y).to(z.device)
     row = {
         "accuracy": (logits.argmax(1) == y).sum().item() / len(y),
-        "adjusted_rand": adjusted_rand_score(z.argmax(1), y),  # of each example's largest feature
+        "adjusted_rand": math.nan,  # of the number of each example's largest feature
         "l0": ((z > 0).sum() / len(z)).item(),  # features that fire, per example
         "dead": (z == 0).all(0).sum().item() / z.shape[1],  # share of features that fire for none
         "fvu": math.nan,  # fraction of the variance of h that the SAE does not explain
     }
+    if z.isfinite().all():
+        row["adjusted_rand"] = adjusted_rand_score(z.argmax(1), y)
     variation = (h - h.mean(0)).square().sum()
     if variation != 0:
         row["fvu"] = ((h - sae.decode(z)).square().sum() / variation).item()
     # A unit of h, which may have no natural zero, "fires" above its 75th percentile.
     rank = int(0.75 * (len(h) - 1))  # counted from 0; kthvalue counts from 1
-    h_fires = h > h.kthvalue(rank + 1, dim=0).values
-    scores = {  # and what they take for the h_ scores
+    h_above = h - h.kthvalue(rank + 1, dim=0).values  # it fires where this is above 0
+    scores = {  # name: function, and what it takes for the h_ score
         "silhouette": (silhouette_score, h),
         "davies_bouldin": (davies_bouldin_score, h),
         "calinski_harabasz": (calinski_harabasz_score, h),
         "class_selectivity": (class_selectivity_index, h),
-        "uncertainty": (uncertainty_coefficient, h_fires),
+        "uncertainty": (uncertainty_coefficient, h_above),
     }
     for name, (score, of_h) in scores.items():
         row[name] = row[f"h_{name}"] = math.nan
@@ -666,10 +672,11 @@ def measure(model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: 
 
 def restore(model: nn.Module, state: dict, arm: str) -> tuple[nn.Module, SparseAutoencoder]:
     """The latest model and SAE of an arm, or of the "baseline", from a state of `saeception`."""
-    net = copy.deepcopy(model)
+    net = copy.deepcopy(model).eval()
     net.load_state_dict(state["model_state_dicts"][arm])
     weights = state["sae_state_dicts"][arm]
-    sae = SparseAutoencoder(*weights["W_enc"].shape, state["sae_ks"][arm])
+    with random_numbers(0):  # those of the start, which are overwritten, are not the caller's
+        sae = SparseAutoencoder(*weights["W_enc"].shape, state["sae_ks"][arm])
     sae.load_state_dict(weights)
     return net, sae.to(next(net.parameters()).device).requires_grad_(False)
 
@@ -681,17 +688,17 @@ def saeception(
     test: tuple[Tensor, Tensor],
     d_sae: int,  # number of features of the SAEs
     sae_k: int | None = None,  # active features per example: TopK SAEs. None: ReLU and L1
-    top_k: int = 25,  # features that each class keeps
+    top_k: int = 25,  # features that each class keeps; the paper's
     weight: float = 1.0,  # of the auxiliary loss at the start of each cycle; it falls to zero
     cycles: int = 3,
     arms: dict[str, Callable | None] | None = None,  # None: sae-ception and control of `ARMS`
     val: tuple[Tensor, Tensor] | None = None,  # measured too, to choose settings by
     baseline_epochs: int = 0,  # of the task alone, before the first cycle; 0: trained already
-    restart: bool = False,  # each cycle trains `model` anew; else it trains the last cycle's on
+    restart: bool = False,  # True: each cycle trains `model` anew; False, ours: the last one's on
     fit_options: dict | None = None,  # more arguments of `fit`
     sae_options: dict | None = None,  # more arguments of `train_sae`
     seed: int = 0,
-    state: dict | None = None,  # what the same call with fewer cycles or arms yielded last
+    state: dict | None = None,  # the last one of an earlier call, to go on from
     progress: Callable = lambda steps, desc: steps,  # called with desc=..., as tqdm.tqdm
 ) -> Iterator[dict]:
     """A generator: nothing runs until you iterate over it. It yields a state after the baseline,
@@ -704,7 +711,9 @@ def saeception(
         raise ValueError("an arm cannot be called baseline, as that is where the arms start")
     if sae_k is not None and not 1 <= sae_k <= d_sae:
         raise ValueError(f"sae_k = {sae_k} active features of d_sae = {d_sae}")
-    if any(arms.values()) and not 1 <= top_k <= d_sae:
+    without_top_k = (None, reconstructed_targets, class_mean_targets)
+    sharpens = any(rule not in without_top_k for rule in arms.values())
+    if sharpens and not 1 <= top_k <= d_sae:
         raise ValueError(f"top_k = {top_k} of d_sae = {d_sae} features")
     net = copy.deepcopy(model)
     splits = [train, test]
@@ -729,7 +738,8 @@ def saeception(
     # SAE, measure.
     for cycle, arm in [stage for stage in plan if stage not in done]:
         start, title = time.perf_counter(), f"seed {seed} cycle {cycle} {arm}"
-        options = {"seed": 1000 * seed + cycle} | (fit_options or {})  # arms share the seed
+        # Arms share the seed of a cycle. No run has 1000 cycles, so the seeds of runs never meet.
+        options = {"seed": 1000 * seed + cycle} | (fit_options or {})
         targets = h = None  # free the last stage's: each may be as large as x
         try:
             if cycle == 0:

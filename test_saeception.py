@@ -693,7 +693,13 @@ def test_rows_are_what_the_restored_models_and_saes_give():
     train = X[Y != 2], Y[Y != 2].int()  # without one of the classes
     model = small_net(train)
     state = final(model, train, test, cycles=1, val=DATA)
-    row, (net, sae), y = state["rows"][1], S.restore(model, state, "sae-ception"), test[1]
+    before = torch.get_rng_state()
+    row, (net, sae), y = state["rows"][1], S.restore(model.train(), state, "sae-ception"), test[1]
+    assert not net.training and torch.equal(before, torch.get_rng_state())
+    undefined = S.measure(net, "1", sae, with_bad_rows(test[0]), y)
+    for name, value in undefined.items():
+        assert math.isnan(value) or name in ("accuracy", "l0", "dead"), name
+    final(model, DATA, DATA, top_k=99, cycles=1, arms={"class-mean": S.ARMS["class-mean"]})
     h, logits = S.activations(net, "1", test[0])
     z = sae.encode(h)
     # A unit of h fires above its own 75th percentile over the rows that are measured.
@@ -763,6 +769,8 @@ def never(*arguments, **options):
     ("cannot be called baseline", lambda: final(small_net(), DATA, DATA, arms={"baseline": None})),
     ("top_k = 25 of d_sae = 16", lambda: final(small_net(), DATA, DATA, top_k=25)),
     ("sae_k = 17 active", lambda: final(small_net(), DATA, DATA, sae_k=17)),
+    ("top_k = 25 of d_sae = 16", lambda: final(
+        small_net(), DATA, DATA, top_k=25, arms={"own": lambda sae, h, *others: h})),
     ("labels from 1 to 4, but 4", lambda: final(small_net(), (X, Y + 1), DATA)),
     ("labels from 1 to 4, but 4", lambda: final(small_net(), DATA, (X, Y + 1))),
     ("400 inputs, but 399", lambda: final(small_net(), DATA, (X, Y[1:]))),
