@@ -35,7 +35,7 @@ FALL = "fall = min(1, 5 * (1 - step / len(steps)))"
 RATE = "lr = 0.006 * math"
 TIED = "sae = SparseAutoencoder(d_in, d_sae, k).to(sample)"
 UNTIED = TIED + "; sae.W_enc.data = SparseAutoencoder(d_in, d_sae, k).to(sample).W_enc.data"
-PROJECTION = "gradient -= (gradient * W_dec).sum(1, keepdim=True) * W_dec"
+PROJECTION = "gradient.sub_((gradient * W_dec).sum(1, keepdim=True) * W_dec)"
 VARIANTS = [  # name, piece of the source of train_sae, what comes in its place
     ("start 0 for 1.28", START, "0.0 * (sample"),
     ("start 0.64 for 1.28", START, "-0.64 * (sample"),
