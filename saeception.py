@@ -369,7 +369,7 @@ def sharpened_targets(
 
 
 # === 4. Combined loss =============================================================================
-# loss = cross_entropy(logits, y) + weight * (1 - t) * aux(h, target)      t: 0 to 1 over the steps
+# loss = cross_entropy(logits, y) + weight * aux(h, target)
 # aux = mean squared error / variance of h  or  1 - cosine similarity
 
 
@@ -379,7 +379,7 @@ def fit(
     x: Tensor,  # inputs [N, ...], on any device
     y: Tensor,  # class numbers [N]
     targets: Tensor | None = None,  # constants [N, d_in], on any device. None: the task alone
-    weight: float = 1.0,  # of the auxiliary loss at the start; it falls to zero
+    weight: float = 0.5,  # of the auxiliary loss
     aux_loss: str = "mse",  # ours; or "cosine", the paper's, which leaves the scale of h free
     variance: float | None = None,  # of h, for "mse". None: that of the model as it comes
     epochs: int = 1,
@@ -447,8 +447,7 @@ def fit(
                 else:
                     aux = (1 - F.cosine_similarity(h, target)).mean()
                 aux_losses.append(aux.detach())
-                # Ours: the weight falls, as the targets are of the model as it was at the start.
-                loss = loss + weight * (1 - step / len(steps)) * aux
+                loss = loss + weight * aux
             update.zero_grad()
             loss.backward()
             if optimizer == "sgd":
@@ -689,7 +688,7 @@ def saeception(
     d_sae: int,  # number of features of the SAEs
     sae_k: int | None = None,  # active features per example: TopK SAEs. None: ReLU and L1
     top_k: int = 25,  # features that each class keeps; the paper's
-    weight: float = 1.0,  # of the auxiliary loss at the start of each cycle; it falls to zero
+    weight: float = 0.5,  # of the auxiliary loss
     cycles: int = 3,
     arms: dict[str, Callable | None] | None = None,  # None: sae-ception and control of `ARMS`
     val: tuple[Tensor, Tensor] | None = None,  # measured too, to choose settings by
@@ -1484,27 +1483,27 @@ PRESETS = {
     },
     "mlp": {
         "tune": "all", "layer": "relu1", "image_size": None, "weights": "none", "augment": "none",
-        "aux_weight": 1.0, "d_sae": 256, "l1": 0.1, "sae_k": 8, "sae_epochs": 10,
+        "aux_weight": 0.5, "d_sae": 256, "l1": 0.1, "sae_k": 8, "sae_epochs": 10,
         "baseline_epochs": 8, "epochs": 8, "batch_size": 128, "lr": 2e-3,
     },
     "vit_tiny": {
         "tune": "all", "layer": "ln", "image_size": 32, "weights": "none", "augment": "flip-crop",
-        "aux_weight": 0.3, "d_sae": 512, "l1": 0.3, "sae_k": 16, "sae_epochs": 20,
+        "aux_weight": 0.15, "d_sae": 512, "l1": 0.3, "sae_k": 16, "sae_epochs": 20,
         "baseline_epochs": 20, "epochs": 3, "batch_size": 64, "lr": 1e-3,
     },
     "vit": {
         "tune": "last", "layer": "ln", "image_size": 384, "weights": "auto", "augment": "flip-crop",
-        "aux_weight": 0.3, "d_sae": 5120, "l1": 1.0, "sae_k": 32, "sae_epochs": 5,
+        "aux_weight": 0.15, "d_sae": 5120, "l1": 1.0, "sae_k": 32, "sae_epochs": 5,
         "baseline_epochs": 3, "epochs": 3, "batch_size": 64, "lr": 1e-4,
     },
     "convnext": {  # with the 1000 classes of ImageNet, and so its head
         "tune": "last", "layer": "norm", "image_size": 384, "weights": "auto", "augment": "none",
-        "aux_weight": 0.3, "d_sae": 6144, "l1": 1.0, "sae_k": 32, "sae_epochs": 1,
+        "aux_weight": 0.15, "d_sae": 6144, "l1": 1.0, "sae_k": 32, "sae_epochs": 1,
         "baseline_epochs": 0, "epochs": 1, "batch_size": 64, "lr": 1e-4,
     },
     "convnext_new_head": {  # with other classes
         "tune": "last", "layer": "norm", "image_size": 384, "weights": "auto", "augment": "none",
-        "aux_weight": 0.3, "d_sae": 6144, "l1": 1.0, "sae_k": 32, "sae_epochs": 1,
+        "aux_weight": 0.15, "d_sae": 6144, "l1": 1.0, "sae_k": 32, "sae_epochs": 1,
         "baseline_epochs": 20, "epochs": 20, "batch_size": 64, "lr": 1e-3,
     },
 }
@@ -1573,7 +1572,7 @@ def make_parser(preset: dict, add_help: bool = True) -> argparse.ArgumentParser:
     add("--tune", choices=["last", "all"], help="train what comes after the trunk, or all")
     add("--layer", help="name of the layer whose output is h")
     add("--top-k", default=25, type=count, help="features that each class keeps")
-    add("--aux-weight", type=size, help="of the auxiliary loss; it falls to 0 in each cycle")
+    add("--aux-weight", type=size, help="of the auxiliary loss")
     add("--aux-loss", default="mse", choices=["mse", "cosine"],
         help="distance between h and its target; the paper's is cosine")
     add("--restart", action="store_true",

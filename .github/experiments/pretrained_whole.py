@@ -154,7 +154,10 @@ def main():
     parser.add_argument("--size", type=int, default=128, help="side of the images")
     parser.add_argument("--limit", type=int, help="images of each split; None: all")
     parser.add_argument("--weight", type=float, default=1.0, help="of the auxiliary loss")
-    parser.add_argument("--constant", action="store_true", help="the weight does not fall")
+    parser.add_argument(
+        "--falls", action="store_true",
+        help="the weight falls to 0 within each cycle, as it did until commit 53cb164",
+    )  # fmt: skip
     parser.add_argument("--aux-loss", default="mse", choices=["mse", "cosine"])
     parser.add_argument("--top-k", type=int, default=25)
     parser.add_argument("--sae-k", type=int, help="of a TopK SAE; None: L1")
@@ -164,8 +167,8 @@ def main():
     parser.add_argument("--cycles", type=int, default=3)
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # on a GPU: TF32
-    if args.constant:
-        S.fit = report.changed(S.fit, "weight * (1 - step / len(steps)) * aux", "weight * aux")
+    if args.falls:
+        S.fit = report.changed(S.fit, "weight * aux", "weight * (1 - step / len(steps)) * aux")
     settings = dict(vars(args))
     for name in ("data_dir", "device", "seeds", "arms"):
         del settings[name]
