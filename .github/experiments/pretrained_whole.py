@@ -94,17 +94,11 @@ class Network(nn.Module):
 
 
 def layer_scores(net, x, y):
-    """For each of the four layers how well its h separates the classes, as `measure` does."""
+    """The scores of the units of each of the four layers."""
     scores = {}
     for name, (module, _) in LAYERS.items():
         h, _ = S.activations(net, module, x)
-        rank = 3 * (len(h) - 1) // 4
-        fires = h > h.kthvalue(rank + 1, dim=0).values
-        scores[name] = {
-            "h_silhouette": S.silhouette_score(h, y),
-            "h_davies_bouldin": S.davies_bouldin_score(h, y),
-            "h_uncertainty": S.uncertainty_coefficient(fires, y),
-        }
+        scores[name] = report.unit_scores(h, y.to(h.device))
     return scores
 
 

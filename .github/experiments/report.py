@@ -95,6 +95,35 @@ def changed(function, piece, replacement):
     return names[function.__name__]
 
 
+def unit_scores(h, y):
+    """Scores of the units of h [N, d]: those of `measure`, and for the two measures of
+    monosemanticity what they depend on. `floor` is the smallest class mean of a unit, as a share of
+    its largest; `above_floor` is the class selectivity of what exceeds it."""
+    mu = S.class_mean(h.relu(), y, int(y.max()) + 1)  # (C, d)
+    low, high = mu.amin(0), mu.amax(0)
+    mu_other = (mu.sum(0) - high) / (len(mu) - 1)
+    above_floor = ((high - mu_other) / (high + mu_other - 2 * low))[high > low]
+    scores = {
+        "h_silhouette": S.silhouette_score(h, y),
+        "h_davies_bouldin": S.davies_bouldin_score(h, y),
+        "h_class_selectivity": S.class_selectivity_index(h, y),
+        "floor": (low / high)[high > 0].mean().item(),
+        "above_floor": above_floor.mean().item(),
+    }
+    for name, percent in (("h_uncertainty", 75), ("h_uncertainty_90", 90)):
+        rank = int(percent / 100 * (len(h) - 1))
+        above = h - h.kthvalue(rank + 1, dim=0).values  # a unit fires where this is above 0
+        scores[name] = S.uncertainty_coefficient(above, y)
+    return scores
+
+
+UNIT_FIELDS = {
+    "h_uncertainty": ("U h", 3), "h_uncertainty_90": ("U h, 90th percentile", 3),
+    "h_class_selectivity": ("sel. h", 3), "floor": ("floor", 3),
+    "above_floor": ("sel. above the floor", 3),
+}  # fmt: skip
+
+
 def digit_factors(n=14_000, seed=0):
     """The six numbers of the affine map of each rendered digit [n, 6]: the same draws as in
     `render_digits`."""
