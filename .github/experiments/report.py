@@ -75,6 +75,9 @@ def markdown(rows, by, fields=FIELDS):
     for name, group in groups.items():
         cells = [*map(str, name), str(len(group))]
         for key, (_, digits) in fields.items():
+            if key not in group[0]:
+                cells.append("")
+                continue
             values = np.array([row[key] for row in group], dtype=float)  # null becomes nan
             text = f"{values.mean():.{digits}f}"
             if len(values) > 1:
