@@ -653,9 +653,10 @@ def test_uncertainty_and_class_selectivity():
     assert S.class_selectivity_index(z, y) == pytest.approx(naive_selectivity(z, y), rel=1e-5)
     for score in (S.uncertainty_coefficient, S.class_selectivity_index):
         assert math.isnan(score(z[:, :1], y))  # of features that never fire nothing can be said
-        bad = z.clone()
-        bad[7, 3] = math.inf
-        assert math.isnan(score(bad, y))
+        for value in (math.inf, -math.inf):
+            bad = z.clone()
+            bad[7, 3] = value
+            assert math.isnan(score(bad, y))
     assert math.isnan(S.uncertainty_coefficient(z[:, 1:2], y))  # fires always
     assert S.class_selectivity_index(z[:, :2], y) == 0
     assert S.uncertainty_coefficient(z[:, 2:3], y) == pytest.approx(1)
@@ -739,6 +740,34 @@ def test_states_do_not_change_and_are_saved_to_go_on(tmp_path):
     assert untimed(rows) == untimed(states[-1]["rows"])
     rows = final(small_net(), DATA, DATA, state=state, sae_k=4, cycles=3)["rows"]
     assert all(row["l0"] <= 4 for row in rows[4:])  # each SAE keeps its own k
+    assert final(small_net(), DATA, DATA, state=states[-1]) is states[-1]  # nothing is left to do
+
+
+def test_training_works_under_no_grad_and_leaves_no_gradients():
+    model, targets = small_net(), torch.rand(400, 8)
+    with torch.no_grad():
+        S.fit(model, "1", X, Y, targets)
+        sae = S.train_sae(X, 16, epochs=2, min_steps=0)
+    assert not same_parameters(model, small_net())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert fvu(sae, X) < 1
+
+
+def test_an_arm_gets_labels_of_any_kind_as_class_numbers():
+    labels = Y[:, None].double()
+    rule = Mock(side_effect=lambda sae, h, y, *others: S.class_mean(h, y, 4)[y])
+    final(small_net(DATA), (X, labels), (X, labels), arms={"own": rule}, cycles=1)
+    assert torch.equal(rule.call_args.args[2], Y)
+
+
+def test_the_loss_of_a_bfloat16_h_is_computed_in_float32():
+    x, y = blobs(64)
+    model = small_net().bfloat16()
+    h, _ = S.activations(model, "1", x)
+    targets = h.float() * (1 + 2**-10)  # less than a step of bfloat16
+    variance = h.float().var(0).mean()
+    _, aux = S.fit(model, "1", x, y, targets, batch_size=64, lr=0.0)
+    assert aux == pytest.approx(((h.float() - targets).square().mean() / variance).item(), rel=1e-3)
 
 
 def never(*arguments, **options):
@@ -758,7 +787,7 @@ def never(*arguments, **options):
      lambda: S.fit(small_net(), "1", X, Y + (torch.arange(400) == 3))),
     ("no layer 'nosuch'; the layers are 0, 1, 2", lambda: S.fit(small_net(), "nosuch", X, Y)),
     ("no layer 'nosuch'", lambda: final(small_net(), DATA, DATA, layer="nosuch")),
-    ("0 inputs, but 0 class numbers", lambda: final(small_net(), DATA, (X[:0], Y[:0]))),
+    ("train, test and val is empty", lambda: final(small_net(), DATA, (X[:0], Y[:0]))),
     ("the state is not of seed 1", lambda: final(small_net(), DATA, DATA, seed=1, state={
         "rows": [{"seed": 0, "cycle": 0, "arm": "baseline"}]})),
     ("diverged in epoch 1; lower lr", lambda: S.fit(small_net(), "1", X * math.nan, Y)),
@@ -775,6 +804,9 @@ def never(*arguments, **options):
     ("labels from 1 to 4, but 4", lambda: final(small_net(), DATA, (X, Y + 1))),
     ("400 inputs, but 399", lambda: final(small_net(), DATA, (X, Y[1:]))),
     ("400 inputs, but 399", lambda: final(small_net(), DATA, DATA, val=(X, Y[1:]))),
+    ("400 rows, but 1 labels", lambda: S.sharpen(X, Y[:1], torch.ones(4, X.shape[1]))),
+    ("labels from -1 to 2, but 4", lambda: S.sharpen(X, Y - 1, torch.ones(4, X.shape[1]))),
+    ("labelings of 400 and of 1 points", lambda: S.adjusted_rand_score(Y, Y[:1])),
     ("400 points with 1 different", lambda: S.silhouette_score(X, Y * 0)),
     ("400 points with 400 different", lambda: S.davies_bouldin_score(X, torch.arange(400))),
 ])  # fmt: skip
@@ -1855,7 +1887,7 @@ def test_variables_of_torchrun_are_all_set_or_none(values, place, run, monkeypat
 
 @pytest.mark.parametrize("error, status, message", [
     (KeyboardInterrupt(), 130, "interrupted"),
-    (torch.OutOfMemoryError("CUDA"), 1, "the GPU's memory is full: lower --batch-size"),
+    (torch.OutOfMemoryError("CUDA"), 1, "start a new run with a smaller --batch-size"),
     (UnicodeDecodeError("utf-8", b"x", 0, 1, "why"), 2, "why"),  # a kind of ValueError
     (FloatingPointError("diverged"), 1, "diverged"),
     (FileNotFoundError("lost"), 1, "lost"),
@@ -2050,6 +2082,8 @@ def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypat
      "cannot write to .*/file/x/vit_tiny .*--cache-dir"),
     ("--limit -1", 2, "--limit: -1 has to be at least 1"),
     ("--sae topk --sae-k 600", 2, "--sae-k have to be at most --d-sae, 512"),
+    ("--sae-k 8", 2, "--sae-k is for TopK SAEs: add --sae topk"),
+    ("--cycles 1000", 2, "--cycles: 1000 has to be at least 0 and at most 999"),
     ("--arch mlp --layer nosuch", 2, "the layers are trunk, trunk.0, trunk.1, fc1, relu1, fc2,"),
     ("--arch mlp --layer=", 2, "the layers are trunk"),
     ("--arch mlp --lr 1e9", 1, "seed 0 cycle 0 baseline: the loss diverged in epoch"),
