@@ -11,7 +11,7 @@ run them on the paper's networks and data. What departs from the paper is marked
 README.md).
 
 Result of `python saeception.py --seeds 0 1 2 3 4` after cycle 3 (CPU, torch 2.14): silhouette of h
-.75, control .55; of z .49, control .16; accuracy 1.00 in both (README.md has the other networks).
+.77, control .55; of z .54, control .16; accuracy 1.00 in both (README.md has the other networks).
 
 Paper: "SAE-ception: Iteratively Using Sparse Autoencoders as a Training Signal", Mechanistic
 Interpretability Workshop at NeurIPS 2025, https://openreview.net/forum?id=TtV3UF7iKq

@@ -5,9 +5,9 @@ images; the test images are not looked at.
     python .github/experiments/choices.py relu1    # the paper's MLP on MNIST
     python .github/experiments/choices.py digits
 
-Each choice changes one thing in the defaults of the network and goes on from the same baseline. The
-last column is the accuracy minus the control's, in points. Results go to runs/choices.jsonl, from
-which a run that was stopped goes on.
+Each choice changes one thing in the defaults of the network and goes on from the same baseline.
+`points`: the accuracy minus the control's, in percentage points. Results go to runs/choices.jsonl,
+from which a run that was stopped goes on.
 """
 
 import argparse
@@ -38,6 +38,12 @@ CHOICES = {  # the control first: the others are compared with it
     "TopK SAE": "--sae topk",
 }
 
+FIELDS = {
+    "accuracy": ("accuracy", 4), "points": ("points", 2), "h_silhouette": ("silhouette h", 3),
+    "silhouette": ("silhouette z", 3), "davies_bouldin": ("DB z", 2),
+    "h_uncertainty": ("U h", 3), "uncertainty": ("U z", 3), "l0": ("L0", 1), "fvu": ("FVU", 3),
+}  # fmt: skip
+
 
 def main():
     parser = argparse.ArgumentParser()
@@ -66,7 +72,7 @@ def main():
     for row in rows:
         row["points"] = 100 * (row["accuracy"] - controls[row["seed"]]["accuracy"])
     rows.sort(key=lambda row: list(CHOICES).index(row["choice"]))
-    report.markdown(rows, ["choice"], report.FIELDS | {"points": ("points", 2)})
+    report.markdown(rows, ["choice"], FIELDS)
 
 
 if __name__ == "__main__":

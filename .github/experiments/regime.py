@@ -42,7 +42,7 @@ def one(splits, seed, about, path):
 
 
 def draw(rows, path):
-    """The gain in silhouette over the accuracy of the baseline, a curve for each data set."""
+    """The gain in the silhouette of h over the accuracy of the baseline, a dot for each seed."""
     side, font = 480, ImageFont.load_default(size=16)
     image = Image.new("RGB", (side + 90, side + 80), "white")
     draw = ImageDraw.Draw(image)
@@ -52,7 +52,7 @@ def draw(rows, path):
         if arm == "sae-ception":
             ours, control = (value[data, epochs, seed, a] for a in (arm, "control"))
             known = value[data, epochs, seed, "baseline"]["accuracy"]
-            points.append((data, known, ours["silhouette"] - control["silhouette"]))
+            points.append((data, known, ours["h_silhouette"] - control["h_silhouette"]))
     low, high = min(p[1] for p in points) - 0.01, 1.0
     top = max(0.01, *(p[2] for p in points)) * 1.1
     bottom = min(0.0, *(p[2] for p in points)) * 1.1
@@ -74,7 +74,7 @@ def draw(rows, path):
     draw.text((90, side + 52), "accuracy of the baseline", "black", font)
     draw.text((320, side + 52), "MNIST", "royalblue", font)
     draw.text((390, side + 52), "Fashion-MNIST", "firebrick", font)
-    draw.text((80, 0), "silhouette of z, sae-ception minus control", "black", font)
+    draw.text((80, 0), "silhouette of h, sae-ception minus control", "black", font)
     image.save(path)
 
 
