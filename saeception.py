@@ -237,7 +237,8 @@ def capture(layer: nn.Module) -> Iterator[SimpleNamespace]:
     """Within `with capture(layer) as seen:`, `seen.h` is the layer's last output [B, d_in], through
     which gradients flow; None until the layer has run. An output [B, D] is taken as it is; of
     tokens [B, T, D] the first, a ViT's class token; of maps [B, C, H, W], channels first, the mean
-    over H and W. ValueError for other outputs."""
+    over H and W. Watch an nn.Identity behind your own pooling for anything else, as maps with
+    channels last or [B, C, L], which look the same. ValueError for other shapes."""
     seen = SimpleNamespace(h=None)
 
     def hook(module, inputs, output):
