@@ -1681,6 +1681,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
         if given.sae_k:
             raise ValueError("--sae-k is for TopK SAEs: add --sae topk, or leave it out")
         args.sae_k = None
+    elif given.l1 is not None:
+        raise ValueError("--l1 is for L1 SAEs: leave it out, or leave out --sae topk")
     may_change = "cycles seeds arms device workers resume data_dir out_dir cache_dir".split()
     for key, value in saved.items():
         if key not in may_change and getattr(args, key) != value:

@@ -1734,11 +1734,12 @@ def test_settings_reach_what_they_set(run, monkeypatch):
 
 def test_the_sae_is_sparse_by_its_l1_unless_told_otherwise(run, monkeypatch):
     monkeypatch.setattr(S, "train_sae", Mock(wraps=S.train_sae))
-    for flags, k, l1 in (([], None, 0.1), (["--sae-k", 4], None, 0.1), (["--l1", 2], None, 2.0)):
+    for flags, k, l1 in (
+        ([], None, 0.1), (["--l1", 2], None, 2.0), (["--sae", "topk"], 8, 0.1),
+        (["--sae", "topk", "--sae-k", 4], 4, 0.1),
+    ):  # fmt: skip
         run(*MLP, "--cycles", 0, *flags)
-        assert S.train_sae.call_args.args[2] is k and S.train_sae.call_args.kwargs["l1"] == l1
-    run(*MLP, "--cycles", 0, "--sae", "topk")
-    assert S.train_sae.call_args.args[2] == 8
+        assert S.train_sae.call_args.args[2] == k and S.train_sae.call_args.kwargs["l1"] == l1
 
 
 def test_a_gpu_is_taken_if_there_is_one_with_bfloat16_where_the_trunk_is_frozen(monkeypatch):
@@ -2083,6 +2084,7 @@ def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypat
     ("--limit -1", 2, "--limit: -1 has to be at least 1"),
     ("--sae topk --sae-k 600", 2, "--sae-k have to be at most --d-sae, 512"),
     ("--sae-k 8", 2, "--sae-k is for TopK SAEs: add --sae topk"),
+    ("--sae topk --l1 0.5", 2, "--l1 is for L1 SAEs: leave it out"),
     ("--cycles 1000", 2, "--cycles: 1000 has to be at least 0 and at most 999"),
     ("--arch mlp --layer nosuch", 2, "the layers are trunk, trunk.0, trunk.1, fc1, relu1, fc2,"),
     ("--arch mlp --layer=", 2, "the layers are trunk"),
