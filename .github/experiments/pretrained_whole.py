@@ -134,7 +134,7 @@ def tables(rows):
         for layer, scores in row.get("layers", {}).items():
             by_layer.append({"arm": row["arm"], "layer": layer} | scores)
     by_layer.sort(key=lambda row: list(LAYERS).index(row["layer"]))
-    report.markdown(by_layer, ["layer", "arm"])
+    report.markdown(by_layer, ["layer", "arm"], report.FIELDS | report.UNIT_FIELDS)
 
 
 def main():
