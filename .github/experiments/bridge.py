@@ -151,8 +151,8 @@ def keep(name, arm, row):
 
 
 def table(rows):
-    """Of each row of the bridge the two arms, and their difference, with the number of seeds for
-    which it is above zero."""
+    """Of each row of the bridge the two arms, the better one bold, and their difference, with the
+    number of seeds for which it is above zero."""
     headings = [heading for heading, _ in FIELDS.values()]
     published.print_heading(["", "arm", *headings])
     for name in ROWS:
@@ -162,9 +162,14 @@ def table(rows):
         }
         for arm, by_seed in of_arm.items():
             cells = [name if arm == ARMS[0] else "", arm]
+            other = of_arm[ARMS[1 - ARMS.index(arm)]]
             for key, (_, digits) in FIELDS.items():
                 values = [row[key] for row in by_seed.values()]
-                cells.append(published.mean_and_deviation(values, digits))
+                text = published.mean_and_deviation(values, digits)
+                gain = sum(values) - sum(row[key] for row in other.values())
+                if gain * report.BETTER[key] > 0:
+                    text = f"**{text}**"
+                cells.append(text)
             published.print_line(cells)
         cells = ["", "difference"]
         for key, (_, digits) in FIELDS.items():

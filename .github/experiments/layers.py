@@ -61,7 +61,7 @@ def main():
                 print(targets_at, seed, arm, of_layer["h_silhouette"], flush=True)
     rows = [row for row in report.rows_of(PATH) if row["targets at"] in layers]
     rows.sort(key=lambda row: (layers.index(row["targets at"]), layers.index(row["layer"])))
-    report.markdown(rows, ["targets at", "layer", "arm"], FIELDS)
+    report.markdown(rows, ["targets at", "layer", "arm"], FIELDS, ("control", "sae-ception"))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main():
                 if row["cycle"] in (0, CYCLES):
                     report.keep(PATH, row | {"model": kind})
                     print(kind, seed, row["arm"], f"{row['silhouette']:.3f}", flush=True)
-    report.markdown(report.rows_of(PATH), ["model", "arm"])
+    report.markdown(report.rows_of(PATH), ["model", "arm"], compare=tuple(S.ARMS))
 
 
 if __name__ == "__main__":

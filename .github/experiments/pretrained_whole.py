@@ -127,7 +127,7 @@ def one_seed(args, seed, arms, train, test):
 
 def tables(rows):
     fields = report.FIELDS | {"dead": ("dead", 3)}
-    report.markdown(rows, ["cycle", "arm"], fields)
+    report.markdown(rows, ["cycle", "arm"], fields, tuple(S.ARMS))
     print()
     by_layer = []
     for row in rows:

@@ -102,7 +102,7 @@ def main():
             one(splits[data], seed, about, path)
     rows = [row for row in report.rows_of(path) if row["l1"] == args.l1]
     by = ["data", "epochs"] if args.what == "epochs" else ["network"]
-    report.markdown(rows, [*by, "arm"])
+    report.markdown(rows, [*by, "arm"], compare=("sae-ception", "control"))
     if args.what == "epochs":
         draw(rows, "runs/regime.png")
 

@@ -16,6 +16,12 @@ FIELDS = {
     "h_class_selectivity": ("sel. h", 2), "l0": ("L0", 1), "fvu": ("FVU", 3),
 }  # fmt: skip
 
+BETTER = {  # 1: the larger the better, -1: the smaller
+    "accuracy": 1, "silhouette": 1, "davies_bouldin": -1, "h_silhouette": 1, "h_davies_bouldin": -1,
+    "uncertainty": 1, "h_uncertainty": 1, "h_uncertainty_90": 1, "class_selectivity": 1,
+    "h_class_selectivity": 1, "above_floor": 1,
+}  # fmt: skip
+
 
 def inputs(dataset, data_dir, n_train=20_000, n_test=5000):
     """The splits of a small data set as floats, at most so many examples of each."""
@@ -63,17 +69,28 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def markdown(rows, by, fields=FIELDS):
+def markdown(rows, by, fields=FIELDS, compare=()):
     """A line for each value of the keys `by`, in the order in which they come: mean ± standard
-    deviation over the rows that share it."""
+    deviation over the rows that share it. Of lines that differ only in their arm the best of the
+    arms `compare` is bold."""
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in by), []).append(row)
     fields = {key: field for key, field in fields.items() if key in rows[0]}
     print("| " + " | ".join([*by, "seeds", *(name for name, _ in fields.values())]) + " |")
     print("|" + "---|" * (len(by) + 1 + len(fields)))
+    means = {}  # by field, by what a line is apart from its arm, by arm
+    for name, group in groups.items():
+        about = dict(zip(by, name, strict=True))
+        arm = about.pop("arm", None)
+        for key in fields:
+            if arm in compare and key in group[0]:
+                same = means.setdefault((key, *about.values()), {})
+                same[arm] = np.array([row[key] for row in group], dtype=float).mean()
     for name, group in groups.items():
         cells = [*map(str, name), str(len(group))]
+        about = dict(zip(by, name, strict=True))
+        arm = about.pop("arm", None)
         for key, (_, digits) in fields.items():
             if key not in group[0]:
                 cells.append("")
@@ -82,6 +99,11 @@ def markdown(rows, by, fields=FIELDS):
             text = f"{values.mean():.{digits}f}"
             if len(values) > 1:
                 text += f" ± {values.std(ddof=1):.{digits}f}"
+            same = means.get((key, *about.values()), {})
+            if len(same) > 1 and arm in same and key in BETTER:
+                best = max(BETTER[key] * value for value in same.values())
+                if f"{BETTER[key] * same[arm]:.{digits}f}" == f"{best:.{digits}f}":
+                    text = f"**{text}**"
             cells.append(text)
         print("| " + " | ".join(cells) + " |")
 

@@ -90,9 +90,9 @@ def main():
         return
     rows = of_run(args.what)
     rows.sort(key=lambda row: row["cycle"])
-    report.markdown(rows, ["cycle", "arm"], report.UNIT_FIELDS)
+    report.markdown(rows, ["cycle", "arm"], report.UNIT_FIELDS, tuple(S.ARMS))
     print()
-    report.markdown(rows, ["cycle", "arm"], SAE_FIELDS)
+    report.markdown(rows, ["cycle", "arm"], SAE_FIELDS, tuple(S.ARMS))
 
 
 if __name__ == "__main__":
