@@ -677,7 +677,7 @@ def measure(model: nn.Module, layer: str, sae: SparseAutoencoder, x: Tensor, y: 
     if variation != 0:
         row["fvu"] = ((h - sae.decode(z)).square().sum() / variation).item()
     # A unit of h, which may have no natural zero, "fires" above its 75th percentile. (For ten
-    # classes the 90th tells units for one class from units for several better: RESULTS, section 8.)
+    # classes the 90th tells units for one class from units for several better: RESULTS, section 9.)
     rank = int(0.75 * (len(h) - 1))  # counted from 0; kthvalue counts from 1
     h_above = h - h.kthvalue(rank + 1, dim=0).values  # it fires where this is above 0
     scores = {  # name: function, and what it takes for the h_ score

@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--weight", type=float, default=1.0, help="of the auxiliary loss")
     parser.add_argument(
         "--falls", action="store_true",
-        help="the weight falls to 0 within each cycle, as it did until commit 53cb164",
+        help="the weight falls to 0 within each cycle, as it did until commit ddc1781",
     )  # fmt: skip
     parser.add_argument("--aux-loss", default="mse", choices=["mse", "cosine"])
     parser.add_argument("--top-k", type=int, default=25)
