@@ -212,7 +212,8 @@ def train_sae(
                 # Ours, in place of Bricken et al.'s resampling: a feature that the batch does not
                 # use gets no gradient; its bias rises, in steps that suit the norm of h,
                 # sqrt(d_in), until it is used. (Without it 14% of the features are dead after 2,000
-                # steps with 16 units. A third or three times of the 0.1 changes the loss by .6%.)
+                # steps with 16 units. A third or three times of the 0.1 changes the loss by .6% at
+                # the most.)
                 unused = z.sum(0) == 0  # (d_sae,)
                 sae.b_enc += 0.1 * lr * fall * math.sqrt(d_in) * unused
 
@@ -1856,10 +1857,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except torch.OutOfMemoryError:
-        status, message = (
-            1,
-            ("the GPU's memory is full: start a new run with a smaller --batch-size"),
-        )
+        status = 1
+        message = "the GPU's memory is full: start a new run with a smaller --batch-size"
     except ValueError as error:
         status, message = 2, error
     except (OSError, FloatingPointError) as error:
