@@ -450,7 +450,7 @@ def fit(
             if targets is not None:
                 # The three digits of bfloat16 are too few for a difference.
                 h = seen.h.to(torch.promote_types(seen.h.dtype, torch.float32))
-                target = targets[index].detach().to(h.device)
+                target = targets[index].detach().to(h)
                 if not h.requires_grad:
                     raise ValueError(
                         f"no gradient reaches h: nothing that is trained is in or below layer "

@@ -311,6 +311,34 @@ def test_capture_of_vectors_tokens_maps_and_nothing_else():
     assert_close(seen.h, model[0](vectors))  # before the work in place
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 7, 3)])
+def test_what_is_captured_is_from_before_work_in_place(shape):
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)), torch.randn(shape)
+    with S.capture(model[0]) as seen:
+        model(x)
+    expected = model[0](x)
+    if x.ndim == 3:
+        expected = expected[:, 0]
+    assert_close(seen.h, expected)
+
+
+def test_a_linear_layer_on_maps_with_channels_last_is_refused():
+    layer = nn.Linear(3, 5)
+    with pytest.raises(ValueError, match="Linear gives a map with channels last"), S.capture(layer):
+        layer(torch.randn(2, 4, 4, 3))
+
+
+@pytest.mark.parametrize("layers, layer, message", [
+    ([nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1), nn.Unflatten(0, (-1, 2)), nn.Flatten(),
+      nn.Linear(6, 4)], "1", "layer '1' gives 256 rows for 128 examples"),
+    ([nn.Linear(6, 8), nn.Unflatten(1, (2, 4)), nn.Flatten(0, 1)], "0",
+     r"the model gives \[256, 4\], not \[128, n_classes\]"),
+])  # fmt: skip
+def test_rows_that_are_not_one_for_each_example_are_refused(layers, layer, message):
+    with pytest.raises(ValueError, match=message):
+        S.activations(nn.Sequential(*layers), layer, X)
+
+
 def test_activations_in_chunks_of_named_layers_and_what_cannot_be_watched():
     model, unused, pair = small_net(), small_net(), small_net()
     model[1].alias = model[0]  # each name of a shared module is good
@@ -770,6 +798,72 @@ def test_the_loss_of_a_bfloat16_h_is_computed_in_float32():
     assert aux == pytest.approx(((h.float() - targets).square().mean() / variance).item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("aux_loss", ["mse", "cosine"])
+def test_the_loss_of_a_bfloat16_h_and_targets_of_its_type(aux_loss):
+    x, y = blobs(64)
+    model = small_net().bfloat16()
+    h, _ = S.activations(model, "1", x)
+    targets = h * 1.02 + 0.01  # bfloat16, as an arm's are
+    a, b = h.float(), targets.float()
+    expected = (a - b).square().mean() / a.var(0).mean()
+    if aux_loss == "cosine":
+        expected = 1 - F.cosine_similarity(a, b).mean()
+    options = {"aux_loss": aux_loss, "batch_size": 64, "lr": 0.0}
+    _, aux = S.fit(model, "1", x, y, targets, **options)
+    assert aux == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_the_loss_of_a_float64_h_is_computed_in_float64():
+    x, y = blobs(64)
+    model = small_net().double()
+    h, _ = S.activations(model, "1", x)
+    _, aux = S.fit(model, "1", x, y, h + 1e-10, batch_size=64, lr=0.0)
+    assert aux == pytest.approx(1e-20 / h.var(0).mean().item(), rel=1e-3, abs=0)
+
+
+def test_targets_are_constants():
+    decoder = torch.nn.Parameter(torch.rand(400, 8))
+    S.fit(small_net(), "1", X, Y, decoder.square(), batch_size=100)  # four steps
+    assert decoder.grad is None
+
+
+def test_options_come_before_what_saeception_chooses(monkeypatch):
+    model = small_net(DATA)
+    for name in ("fit", "train_sae"):
+        monkeypatch.setattr(S, name, Mock(wraps=getattr(S, name)))
+    options = {"seed": 7, "variance": 0.5, "epochs": 1}
+    final(model, DATA, DATA, cycles=1, restart=True, fit_options=options)
+    for one in S.fit.call_args_list:
+        assert one.kwargs["seed"] == 7 and one.kwargs["variance"] == 0.5
+    assert options == {"seed": 7, "variance": 0.5, "epochs": 1}
+    assert all(call.kwargs["seed"] == 7 for call in S.train_sae.call_args_list)
+
+
+def test_saes_have_the_seed_of_their_cycle(monkeypatch):
+    monkeypatch.setattr(S, "train_sae", Mock(wraps=S.train_sae))
+    final(small_net(DATA), DATA, DATA, seed=3)
+    seeds = [call.kwargs["seed"] for call in S.train_sae.call_args_list]
+    assert seeds == [3000, 3001, 3001, 3002, 3002]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_callers_model_stays_in_its_mode(training):
+    model = small_net().train(training)
+    rows = final(model, DATA, DATA, cycles=1)["rows"]
+    assert model.training == training and all(row["seconds"] > 0 for row in rows)
+
+
+def test_arms_that_do_not_sharpen_take_any_top_k():
+    arms = {name: S.ARMS[name] for name in ("control", "unsharpened", "class-mean")}
+    assert len(final(small_net(DATA), DATA, DATA, top_k=99, cycles=1, arms=arms)["rows"]) == 4
+
+
+def test_fvu_of_a_constant_h_is_not_defined():
+    model = small_net(DATA)
+    net, sae = S.restore(model, final(model, DATA, DATA, cycles=0), "baseline")
+    assert math.isnan(S.measure(net, "1", sae, X[:1].expand(6, -1), Y[:6])["fvu"])
+
+
 def never(*arguments, **options):
     raise AssertionError("this trains before it has looked at its arguments")
 
@@ -804,6 +898,7 @@ def never(*arguments, **options):
     ("labels from 1 to 4, but 4", lambda: final(small_net(), DATA, (X, Y + 1))),
     ("400 inputs, but 399", lambda: final(small_net(), DATA, (X, Y[1:]))),
     ("400 inputs, but 399", lambda: final(small_net(), DATA, DATA, val=(X, Y[1:]))),
+    ("^labels from 1 to 4, but 4", lambda: final(small_net(), DATA, DATA, val=(X, Y + 1))),
     ("400 rows, but 1 labels", lambda: S.sharpen(X, Y[:1], torch.ones(4, X.shape[1]))),
     ("labels from -1 to 2, but 4", lambda: S.sharpen(X, Y - 1, torch.ones(4, X.shape[1]))),
     ("labelings of 400 and of 1 points", lambda: S.adjusted_rand_score(Y, Y[:1])),
@@ -1742,6 +1837,20 @@ def test_the_sae_is_sparse_by_its_l1_unless_told_otherwise(run, monkeypatch):
         assert S.train_sae.call_args.args[2] == k and S.train_sae.call_args.kwargs["l1"] == l1
 
 
+def test_arms_that_do_not_sharpen_take_any_top_k_on_the_command_line_too(run):
+    flags = [*MLP, "--top-k", 33, "--cycles", 1]
+    assert "at most --d-sae, 32" in run(*flags, status=2).err
+    assert len(rows_of(run(*flags, "--arms", "control", "class-mean").folder)) == 3
+
+
+def test_a_run_may_be_resumed_on_another_device(run, monkeypatch):
+    folder = run(*MLP, "--cycles", 0).folder
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", Mock())  # what finds out whether the device works
+    args, _ = S.parse_arguments(["--resume", str(folder), "--device", "cuda"])
+    assert args.device == "cuda"
+
+
 def test_a_gpu_is_taken_if_there_is_one_with_bfloat16_where_the_trunk_is_frozen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", Mock())  # what finds out whether the device works
@@ -2084,7 +2193,7 @@ def test_two_processes_come_to_the_same_as_one(network, tmp_path, run, monkeypat
     ("--limit -1", 2, "--limit: -1 has to be at least 1"),
     ("--sae topk --sae-k 600", 2, "--sae-k have to be at most --d-sae, 512"),
     ("--sae-k 8", 2, "--sae-k is for TopK SAEs: add --sae topk"),
-    ("--sae topk --l1 0.5", 2, "--l1 is for L1 SAEs: leave it out"),
+    ("--sae topk --l1 0", 2, "--l1 is for L1 SAEs: leave it out"),
     ("--cycles 1000", 2, "--cycles: 1000 has to be at least 0 and at most 999"),
     ("--arch mlp --layer nosuch", 2, "the layers are trunk, trunk.0, trunk.1, fc1, relu1, fc2,"),
     ("--arch mlp --layer=", 2, "the layers are trunk"),
