@@ -149,8 +149,10 @@ def train_sae(
     is not finite, does not vary or has one row, and for numbers that do not fit, FloatingPointError
     for an SAE that is not finite; of one that explains nothing a line on stderr tells."""
     h = h.detach()
-    if h.ndim != 2 or d_sae < 1:
-        raise ValueError(f"h is {[*h.shape]}, not [N, d_in], or d_sae = {d_sae} is not positive")
+    if h.ndim != 2:
+        raise ValueError(f"h is {[*h.shape]}, not [N, d_in]")
+    if d_sae < 1:
+        raise ValueError(f"d_sae = {d_sae} features")
     d_in = h.shape[1]
     if k is not None and not 1 <= k <= d_sae:
         raise ValueError(f"k = {k} active features of d_sae = {d_sae}")
@@ -162,9 +164,9 @@ def train_sae(
         raise ValueError("h is the same for all examples: is the layer dead, or the wrong one?")
     scale = 1 / sample.square().mean().sqrt()
     if lr is None:
-        # Half this rate gives a loss that is 1 to 15% higher (layers of 16 and 64 units), twice of
-        # it one that is 2 to 9% lower with 16 units, the same with 64. The root is as in Gao et
-        # al., figure 3.
+        # .006 for 256 features, as the MLP has: half of it gives a loss that is 1 to 15% higher
+        # (layers of 16 and 64 units), twice of it one that is 2 to 9% lower with 16 units, the same
+        # with 64. The root is as in Gao et al., figure 3.
         lr = 0.006 * math.sqrt(256 / d_sae)
     # An autocast of the caller's is off: it keeps copies of the weights and would miss our updates.
     autocast_off = torch.autocast(sample.device.type, enabled=False)
@@ -1761,6 +1763,20 @@ def cached_splits(
     return result
 
 
+def method_options(args: argparse.Namespace) -> dict:
+    """The arguments of `saeception` that the command line decides for all seeds."""
+    fit_keys = ("aux_loss", "epochs", "batch_size", "lr", "optimizer")
+    return {
+        "d_sae": args.d_sae, "sae_k": args.sae_k, "top_k": args.top_k, "weight": args.aux_weight,
+        "cycles": args.cycles, "arms": {arm: ARMS[arm] for arm in args.arms},
+        "baseline_epochs": args.baseline_epochs, "restart": args.restart,
+        "fit_options": {key: vars(args)[key] for key in fit_keys},
+        "sae_options": {
+            "l1": args.l1, "epochs": args.sae_epochs, "min_steps": args.sae_min_steps,
+        },
+    }  # fmt: skip
+
+
 def run(args: argparse.Namespace, states: dict) -> None:
     """Every seed, from where `states` stand: prints the table, fills the folder. Processes of
     torchrun share the trunk pass; what comes after it is small, and the first does it alone."""
@@ -1801,22 +1817,17 @@ def run(args: argparse.Namespace, states: dict) -> None:
     if args.device != "cuda" or splits["train"][0].nbytes < torch.cuda.mem_get_info()[0] / 8:
         splits = {key: (x.to(args.device), y.to(args.device)) for key, (x, y) in splits.items()}
 
-    fit_keys = ("aux_loss", "epochs", "batch_size", "lr", "optimizer")
-    fit_options = {key: vars(args)[key] for key in fit_keys}
+    options = method_options(args)
     if args.tune == "all" and args.augment == "flip-crop":
         flip_crop = [v2.RandomHorizontalFlip(), v2.RandomCrop(images.shape[-2:], padding=4)]
-        fit_options["augment"] = v2.Compose(flip_crop)
-    sae_options = {"l1": args.l1, "epochs": args.sae_epochs, "min_steps": args.sae_min_steps}
+        options["fit_options"]["augment"] = v2.Compose(flip_crop)
     rows = [row for state in states.values() for row in state["rows"]]
     print_whole(table(rows))
     for seed in args.seeds:
         if args.tune == "all":
             _, model = build(args, len(names), seed)
         for state in saeception(
-            model.to(args.device), args.layer, **splits, d_sae=args.d_sae, sae_k=args.sae_k,
-            top_k=args.top_k, weight=args.aux_weight, cycles=args.cycles,
-            arms={arm: ARMS[arm] for arm in args.arms}, baseline_epochs=args.baseline_epochs,
-            restart=args.restart, fit_options=fit_options, sae_options=sae_options, seed=seed,
+            model.to(args.device), args.layer, **splits, **options, seed=seed,
             state=states.get(seed), progress=show_progress,
         ):  # fmt: skip
             if state is states.get(seed):  # there was nothing left to do

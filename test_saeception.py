@@ -274,6 +274,8 @@ def test_train_sae_takes_activations_of_any_kind_and_scale():
     ("2 of 400 rows of h are not finite", lambda: S.train_sae(with_bad_rows(X), 8)),
     ("k = 33 active features of d_sae = 32", lambda: S.train_sae(X, 32, k=33)),
     ("k = 0 active", lambda: S.train_sae(X, 32, k=0)),
+    (r"h is \[400, 2, 3\], not \[N, d_in\]", lambda: S.train_sae(X.view(400, 2, 3), 8)),
+    ("d_sae = 0 features", lambda: S.train_sae(X, 0)),
     ("0 examples are too few", lambda: S.train_sae(X[:0], 8)),
     ("1 examples are too few", lambda: S.train_sae(X[:1], 8)),
     ("400 examples in batches of 0", lambda: S.train_sae(X, 8, batch_size=0)),

@@ -38,21 +38,11 @@ def program(flags):
     torch.set_num_threads(1)
     args, _ = S.parse_arguments(flags.split())
     splits, names = S.load_data(args.dataset, args.data_dir, args.limit)
-    fit_keys = ("aux_loss", "epochs", "batch_size", "lr", "optimizer")
-    options = {
-        "d_sae": args.d_sae, "sae_k": args.sae_k, "top_k": args.top_k, "weight": args.aux_weight,
-        "cycles": args.cycles, "arms": {arm: S.ARMS[arm] for arm in args.arms},
-        "baseline_epochs": args.baseline_epochs, "restart": args.restart,
-        "fit_options": {key: vars(args)[key] for key in fit_keys},
-        "sae_options": {
-            "l1": args.l1, "epochs": args.sae_epochs, "min_steps": args.sae_min_steps
-        },
-    }  # fmt: skip
 
     def make_model(seed):
         return S.build(args, len(names), seed)[1]
 
-    return splits, make_model, args.layer, options
+    return splits, make_model, args.layer, S.method_options(args)
 
 
 def keep(path, row):

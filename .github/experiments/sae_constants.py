@@ -35,6 +35,7 @@ FALL = "fall = min(1, 5 * (1 - step / len(steps)))"
 RATE = "lr = 0.006 * math"
 TIED = "sae = SparseAutoencoder(d_in, d_sae, k).to(sample)"
 UNTIED = TIED + "; sae.W_enc.data = SparseAutoencoder(d_in, d_sae, k).to(sample).W_enc.data"
+BATCH = "batch_size: int = 256"
 PROJECTION = "gradient.sub_((gradient * W_dec).sum(1, keepdim=True) * W_dec)"
 VARIANTS = [  # name, piece of the source of train_sae, what comes in its place
     ("start 0 for 1.28", START, "0.0 * (sample"),
@@ -48,6 +49,8 @@ VARIANTS = [  # name, piece of the source of train_sae, what comes in its place
     ("fall over all steps for one fifth", FALL, FALL.replace("5 *", "1 *")),
     ("rate 0.003 for 0.006", RATE, "lr = 0.003 * math"),
     ("rate 0.012 for 0.006", RATE, "lr = 0.012 * math"),
+    ("batches of 128 for 256, twice the steps", BATCH, "batch_size: int = 128"),
+    ("batches of 512 for 256, half the steps", BATCH, "batch_size: int = 512"),
     ("encoder not tied at the start", TIED, UNTIED),
     ("gradient along the rows stays", PROJECTION, "pass"),
 ]
