@@ -136,7 +136,7 @@ def train_sae(
     l1: float = 0.1,  # weight of the L1 norm of z (not for TopK), chosen on validation for the MLP
     epochs: int = 10,
     min_steps: int = 1000,  # more epochs where rows are few; 0 switches it off
-    batch_size: int = 256,
+    batch_size: int = 256,  # 128, with twice the steps: the loss is .2 to 9% lower, see RESULTS
     lr: float | None = None,  # of Adam. None: 0.006 * sqrt(256 / d_sae)
     seed: int = 0,
     device: torch.device | str | None = None,  # where the SAE trains. None: where h is
